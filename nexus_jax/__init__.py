@@ -1,0 +1,22 @@
+"""Save, recompute or offload: activation memory for Flax models, by policy and with proof."""
+
+from nexus_jax import checkpoint_policies as checkpoint_policies
+from nexus_jax.policy import CheckpointRule as CheckpointRule
+from nexus_jax.policy import Policy as Policy
+from nexus_jax.policy import ResidualRule as ResidualRule
+from nexus_jax.policy import available_policies as available_policies
+from nexus_jax.policy import load_policy as load_policy
+from nexus_jax.residuals import Residual as Residual
+from nexus_jax.residuals import Residuals as Residuals
+from nexus_jax.residuals import residuals as residuals
+from nexus_jax.training import ActivationOffloader as ActivationOffloader
+from nexus_jax.training import CheckpointPolicy as CheckpointPolicy
+from nexus_jax.training import SelectiveCheckpoint as SelectiveCheckpoint
+from nexus_jax.training import SelectiveCheckpointConfig as SelectiveCheckpointConfig
+from nexus_jax.training import apply_selective_checkpointing as apply_selective_checkpointing
+from nexus_jax.training import estimate_checkpointing_memory_savings as estimate_checkpointing_memory_savings
+from nexus_jax.training import estimate_offloading_memory_savings as estimate_offloading_memory_savings
+from nexus_jax.training.offload import OffloadWarning as OffloadWarning
+from nexus_jax.training.selective import policy_of as policy_of
+
+__version__ = "0.1.0"

@@ -1,0 +1,141 @@
+"""Every touch of private JAX or Flax, each with a test in tests/test_compat.py that fails loudly when it moves."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.core.lift
+import flax.linen as nn
+import flax.linen.module as linen_module
+import flax.linen.transforms as linen_transforms
+import jax
+import jax.ad_checkpoint
+from flax import nnx
+from flax.nnx import extract, graphlib
+from jax._src import source_info_util  # private: no public way from an equation to its line and scope
+
+OFFLOADABLE = jax.ad_checkpoint.Offloadable(src="device", dst="pinned_host")
+
+
+def require_offload_policies() -> None:
+    """Refuse ``jax_remat3`` on a JAX whose new remat has no offloading."""
+    if jax.config.jax_remat3 and jax.__version_info__ < (0, 11):
+        raise ValueError(
+            f"jax {jax.__version__} cannot offload by policy under jax_remat3: "
+            "unset that flag (jax.config.update('jax_remat3', False)) or use a policy without place = \"offload\"."
+        )
+
+
+def output_aval(prim: Any, avals: tuple[Any, ...], params: dict[str, Any]) -> Any:
+    """The type of the (first) output of a primitive, as a checkpoint policy is shown it: inputs and parameters."""
+    if prim.name == "name":
+        return avals[0]
+    out = prim.abstract_eval(*avals, **params)[0]
+    return out[0] if isinstance(out, list | tuple) else out
+
+
+# Equations that run a body once per call or step, with the body's outputs as theirs.
+CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "scan", "custom_jvp_call"}
+
+
+# --- equations ---------------------------------------------------------------------------------------------------
+
+
+def scope_path(eqn: Any) -> str:
+    """The ``jax.named_scope`` path of an equation, transformations removed: ``"GPT/blocks_0/attn"``."""
+    return str(eqn.source_info.name_stack)
+
+
+_LIBRARIES = ("/flax/", "/nexus_jax/", "/jax/", "/jaxlib/", "/contextlib.py", "/functools.py", "/threading.py")
+
+
+def source_line(eqn: Any) -> str:
+    """``file.py:line (function)`` of the innermost frame that is the user's, or the innermost at all."""
+    traceback = eqn.source_info.traceback
+    frames = list(source_info_util.user_frames(traceback)) if traceback is not None else []
+    own = [f for f in frames if not any(part in f.file_name for part in _LIBRARIES)]
+    frame = next(iter(own or frames), None)
+    return f"{frame.file_name}:{frame.start_line} ({frame.function_name})" if frame else ""
+
+
+# --- linen -------------------------------------------------------------------------------------------------------
+
+
+def lifted_kind(cls: type) -> str | None:
+    """``"Scan"``, ``"Jit"``, ... if ``nn.scan``, ``nn.jit``, ... made this class from another one, else None."""
+    if cls.__module__ != linen_transforms.__name__ or len(cls.__bases__) != 1:
+        return None
+    return cls.__name__.removesuffix(cls.__bases__[0].__name__)
+
+
+def lift_linen(run: Callable[..., Any], method: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Call an unbound ``method`` of a bound ``module`` as ``run(pure, variables, (rngs, args, kwargs))``.
+
+    ``pure`` takes the same two trees; variables, random streams and mutable collections go in and come out as in
+    ``nn.remat``, whose machinery this is.
+    """
+
+    def lift(core_fn):
+        def inner(scope_fn, repack_fn, variables, rngs, *args, **kwargs):
+            def pure(variables, rest):
+                rngs, args, kwargs = rest
+                scope = scope_fn(variables, rngs)
+                out = core_fn(scope, *args, **kwargs)
+                return out, repack_fn(scope)
+
+            return run(pure, variables, (rngs, args, kwargs))
+
+        return flax.core.lift.pack(inner, (True,), (True,), (True,), name="remat", enable_kwargs=True)
+
+    return linen_transforms.decorator_lift_transform(lift, method)(module, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def captured_once(module: nn.Module, method_name: str) -> Iterator[None]:
+    """Keep ``capture_intermediates`` from sowing a method's result twice, inside the boundary and outside it."""
+    stack = linen_module._context.capture_stack
+    outer = stack[-1] if stack else None
+    if not outer:
+        yield
+        return
+    path = module.path
+    stack.append(lambda mdl, name: not (mdl.path == path and name == method_name) and outer(mdl, name))
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
+# --- nnx ---------------------------------------------------------------------------------------------------------
+
+
+def lift_nnx(run: Callable[..., Any], fun: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
+    """Call ``fun(module, *args, **kwargs)`` as ``run(pure, state, rest)``, in nnx's graph or tree mode."""
+
+    def positional(module, rest):
+        args, kwargs = rest
+        return fun(module, *args, **kwargs)
+
+    graph = graphlib.set_graph_mode.current_value()
+    graph_updates = graphlib.set_graph_updates.current_value()
+    if graph and graph_updates:
+        pure = nnx.merge_inputs(positional, ctxtag="nexus_jax")
+        return nnx.split_inputs(lambda *xs: run(pure, *xs), ctxtag="nexus_jax")(module, (args, kwargs))
+
+    def functional(module, rest):
+        inputs = jax.tree.map(lambda x: x, (module, rest))  # copies, so that only our updates reach the caller
+        current, snapshot = extract.snapshot(extract.labeled(inputs=inputs))
+        if graph:
+            inputs = extract.from_tree2(inputs)
+        out = positional(*inputs)
+        return (extract.to_tree2(out) if graph else out), extract.get_updates(current, snapshot)
+
+    inputs = (module, (args, kwargs))
+    if graph:
+        inputs = extract.to_tree2(inputs)
+    variables = extract.check_no_aliases("remat", inputs=inputs)
+    out, updates = run(functional, *inputs)
+    extract.apply_updates(variables, updates)
+    return extract.from_tree2(out) if graph else out

@@ -1,0 +1,212 @@
+"""nnx: the modules of a model are there to be read; a boundary is a module with a transformed class."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from nexus_jax import _compat, ambient
+from nexus_jax.adapters.classes import Settings, base_of, settings_of, transformed
+from nexus_jax.adapters.linen import ask_where
+from nexus_jax.boundary import checkpointed
+from nexus_jax.policy.rules import Policy
+from nexus_jax.policy.select import ModuleNode, Path, Selection, _natural, check_selection, select
+
+_SINGLE_OPS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, nnx.Embed, nnx.Dropout)
+_CONTAINERS = (nnx.List, nnx.Dict)
+_INSIDE = jax.make_user_context(False)
+
+
+def accepts(model: Any) -> bool:
+    return isinstance(model, nnx.Module)
+
+
+def type_of(module: nnx.Module) -> type:
+    return base_of(type(module))
+
+
+def count_params(module: nnx.Module) -> int:
+    return sum(math.prod(shape) for _, shape, _ in _params(module))
+
+
+def _params(module: nnx.Module) -> tuple:
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    return tuple((jax.tree_util.keystr(p), tuple(x.shape), str(x.dtype)) for p, x in leaves if hasattr(x, "shape"))
+
+
+def _printed(path: tuple) -> Path:
+    return tuple(str(part) for part in path)
+
+
+def _stacked(module: nnx.Module) -> bool:
+    """Whether parameters carry a leading axis of layers, as those that ``nnx.vmap`` made for ``nnx.scan``."""
+    for _, child in nnx.iter_modules(module):
+        for name, rank in _ranks(child):
+            value = getattr(child, name, None)
+            if isinstance(value, nnx.Variable) and hasattr(value.get_value(), "ndim") and value.get_value().ndim > rank:
+                return True
+    return False
+
+
+def _ranks(module: Any) -> tuple[tuple[str, int], ...]:
+    match module:
+        case nnx.Linear():
+            return (("kernel", 2),)
+        case nnx.Embed():
+            return (("embedding", 2),)
+        case nnx.Conv():
+            return (("kernel", len(module.kernel_size) + 2),)
+        case nnx.LayerNorm() | nnx.RMSNorm() | nnx.BatchNorm() | nnx.GroupNorm():
+            return (("scale", 1), ("bias", 1))
+    return ()
+
+
+def module_nodes(model: nnx.Module, policy: Policy) -> tuple[dict[Path, nnx.Module], list[ModuleNode]]:
+    """Every module below the root once, by its first path, in natural order."""
+    found = {_printed(path): module for path, module in nnx.iter_modules(model) if path}
+    found = {p: m for p, m in sorted(found.items(), key=lambda item: _natural(item[0]))}
+    modules = {p: m for p, m in found.items() if not isinstance(m, _CONTAINERS)}
+    stacked = {p for p, m in modules.items() if _stacked(m)} if not _stacked_everywhere(model, modules) else set()
+    nodes = []
+    for path, module in modules.items():
+        cls = type_of(module)
+        params = _params(module)
+        children = any(p[: len(path)] == path and p != path for p in modules)
+        inner = any(path[:i] in stacked for i in range(1, len(path)))
+        nodes.append(
+            ModuleNode(
+                path=path,
+                type=cls.__name__,
+                params=params,
+                size=sum(math.prod(shape) for _, shape, _ in params),
+                single_op=not children and cls in _SINGLE_OPS,
+                leaf_layer=not children and cls.__module__.startswith("flax."),
+                scanned=path in stacked and not inner and _all_stacked(path, modules),
+                where=ask_where(policy, module, "/".join(path)),
+            )
+        )
+    return modules, nodes
+
+
+def _all_stacked(path: Path, modules: dict[Path, nnx.Module]) -> bool:
+    """Whether every layer of Flax's own below ``path`` is stacked: the module, and not only a part of it."""
+    known = [m for p, m in modules.items() if p[: len(path)] == path and _ranks(m)]
+    return bool(known) and all(_stacked(m) for m in known)
+
+
+def _stacked_everywhere(model: nnx.Module, modules: dict[Path, nnx.Module]) -> bool:
+    """A model that is itself one of a stack (an ensemble): no layer of it is a step of a scan."""
+    return _all_stacked((), modules)
+
+
+def transform(model: nnx.Module, **changes: Any) -> nnx.Module:
+    """A copy of the model (new Variables, same arrays) with these settings changed; boundaries where they say."""
+    new = nnx.clone(model)
+    given = dataclasses.replace(settings(model), **changes)
+    policy = given.policy if given.policy is not None else Policy()
+    _, nodes = module_nodes(new, policy)
+    selection = select(policy, nodes)
+    check_selection(policy, selection, nodes)
+    for path, module in nnx.iter_modules(new):
+        own = Settings()
+        if not path:
+            own = given
+        elif _printed(path) in selection.boundaries:
+            own = Settings(boundary=policy)
+        cls = transformed(type_of(module), own, _members)
+        if cls is not type(module):
+            object.__setattr__(module, "__class__", cls)
+    return new
+
+
+def settings(model: nnx.Module) -> Settings:
+    return settings_of(type(model))
+
+
+def selection_of(model: nnx.Module) -> Selection | None:
+    policy = settings(model).policy
+    return None if policy is None else select(policy, module_nodes(model, policy)[1])
+
+
+def _members(base: type) -> dict[str, Any]:
+    original = getattr(base, "__call__", None)
+    if original is None or not hasattr(base, "__call__"):  # noqa: B004
+        return {}
+
+    @functools.wraps(original)
+    def __call__(self, *args, **kwargs):
+        given = settings_of(type(self))
+        if given.scope is not None:
+            with jax.named_scope(given.scope):
+                return enter(self, given, args, kwargs)
+        return enter(self, given, args, kwargs)
+
+    def enter(self, given, args, kwargs):
+        if given.boundary is not None and not _INSIDE.value:
+            with _INSIDE(True):
+                return _compat.lift_nnx(checkpointed(given.boundary), original, self, args, kwargs)
+        with given.offloader.offload_context() if given.offloader is not None else contextlib.nullcontext():
+            offloader = ambient.current()
+            if offloader is None:
+                return original(self, *args, **kwargs)
+            with ambient.covered():
+                return _compat.lift_nnx(offloader.run, original, self, args, kwargs)
+
+    return {"__call__": __call__}
+
+
+def call(run: Callable[..., Any], module: nnx.Module, args: Any, kwargs: Any) -> Any:
+    """``module(*args, **kwargs)`` as a boundary, from inside a model's own forward."""
+    return _compat.lift_nnx(run, type(module).__call__, module, args, kwargs)
+
+
+def call_function(run: Callable[..., Any], fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """``fun(*args, **kwargs)`` as a boundary, where arguments may hold nnx modules."""
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=lambda x: isinstance(x, nnx.Module | nnx.Variable))
+    if any(isinstance(x, nnx.Module | nnx.Variable) for x in leaves):
+        return _compat.lift_nnx(run, lambda _, *a, **k: fun(*a, **k), (), args, kwargs)
+    return run(lambda _, rest: fun(*rest[0], **rest[1]), (), (args, kwargs))
+
+
+def opened(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable[[Any], Any], Any]:
+    """``fun(*args, **kwargs)`` as a function of one tree in which nnx modules are their state.
+
+    The modules that ``fun`` then sees open a named scope with their path when they are called.
+    """
+    is_module = lambda x: isinstance(x, nnx.Module)  # noqa: E731
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_module)
+    graphs = [nnx.split(x) if is_module(x) else None for x in leaves]
+    states = [x if g is None else nnx.to_pure_dict(g[1]) for x, g in zip(leaves, graphs, strict=True)]
+
+    def call(states):
+        filled = []
+        for x, g in zip(states, graphs, strict=True):
+            if g is None:
+                filled.append(x)
+                continue
+            state = g[1]
+            nnx.replace_by_pure_dict(state, x)
+            filled.append(_scoped(nnx.merge(g[0], state)))
+        args, kwargs = treedef.unflatten(filled)
+        return fun(*args, **kwargs)
+
+    return call, states
+
+
+def _scoped(model: nnx.Module) -> nnx.Module:
+    nodes = [path for path, m in nnx.iter_modules(model) if path and not isinstance(m, _CONTAINERS)]
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, _CONTAINERS):
+            continue
+        parent = max((p for p in nodes if p == path[: len(p)] and p != path), key=len, default=())
+        scope = "/".join(map(str, path[len(parent) :])) or type(module).__name__
+        given = dataclasses.replace(settings_of(type(module)), scope=scope)
+        object.__setattr__(module, "__class__", transformed(type_of(module), given, _members))
+    return model

@@ -1,0 +1,28 @@
+"""The offloader that is in force while something is traced: part of the key of every jit cache."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import jax
+
+# None, or (offloader, whether a call that it covers is already being traced).
+_OFFLOADER = jax.make_user_context(None)
+
+
+def current() -> Any:
+    """The offloader that the next outermost call should run under, or None."""
+    offloader, inside = _OFFLOADER.value or (None, False)
+    return None if inside else offloader
+
+
+def using(offloader: Any) -> contextlib.AbstractContextManager:
+    """Put ``offloader`` (None: no offloading) in force; the innermost wins."""
+    return _OFFLOADER(None if offloader is None else (offloader, False))
+
+
+def covered() -> contextlib.AbstractContextManager:
+    """Mark that what is traced now is inside a call that the offloader already covers."""
+    offloader, _ = _OFFLOADER.value or (None, False)
+    return _OFFLOADER((offloader, True))

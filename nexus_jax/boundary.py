@@ -1,0 +1,180 @@
+"""A boundary around a pure function: `jax.checkpoint` under a policy, or residuals moved to the host.
+
+Both take a function of pytrees that may hold anything (flags, None, modules, dataclasses that JAX does not know):
+only the `jax.Array` leaves are traced, everything else goes in and comes out as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nexus_jax.policy.places import names_policy, with_names
+from nexus_jax.policy.rules import Policy
+
+
+class _Opened:
+    """A dataclass instance that JAX does not know as a pytree, opened so that arrays in it are leaves."""
+
+    def __init__(self, like: Any, values: dict[str, Any]):
+        self.like, self.values = like, values
+
+
+jax.tree_util.register_pytree_with_keys(
+    _Opened,
+    lambda o: (tuple((jax.tree_util.GetAttrKey(k), v) for k, v in o.values.items()), (o.like, tuple(o.values))),
+    lambda aux, values: _Opened(aux[0], dict(zip(aux[1], values, strict=True))),
+)
+
+
+def _open(leaf: Any) -> Any:
+    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type | jax.Array) or _is_module(leaf):
+        return leaf
+    names = [f.name for f in dataclasses.fields(leaf) if hasattr(leaf, f.name)]
+    return _Opened(leaf, {n: jax.tree.map(_open, getattr(leaf, n)) for n in names})
+
+
+def _close(node: Any) -> Any:
+    if not isinstance(node, _Opened):
+        return node
+    result = copy.copy(node.like)
+    for name, value in node.values.items():
+        object.__setattr__(result, name, jax.tree.map(_close, value, is_leaf=lambda x: isinstance(x, _Opened)))
+    return result
+
+
+def _is_module(x: Any) -> bool:
+    return any(c.__module__.startswith("flax.") and c.__name__ == "Module" for c in type(x).__mro__)
+
+
+def split(tree: Any, kinds: tuple[type, ...] = (jax.Array,)) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of ``tree`` of these kinds, and the function that puts others in their place."""
+    leaves, treedef = jax.tree.flatten(jax.tree.map(_open, tree))
+    traced = [isinstance(leaf, kinds) for leaf in leaves]
+    static = [None if t else leaf for leaf, t in zip(leaves, traced, strict=True)]
+
+    def rebuild(arrays: list[Any]) -> Any:
+        it = iter(arrays)
+        filled = [next(it) if t else leaf for leaf, t in zip(static, traced, strict=True)]
+        return jax.tree.map(_close, treedef.unflatten(filled), is_leaf=lambda x: isinstance(x, _Opened))
+
+    return [leaf for leaf, t in zip(leaves, traced, strict=True) if t], rebuild
+
+
+class _Flat:
+    """``fun(weights, rest)`` as a function of arrays that returns a list of arrays."""
+
+    def __init__(self, fun: Callable[..., Any], weights: Any, rest: Any):
+        self.fun = fun
+        weight_arrays, self.rebuild_weights = split(weights)
+        rest_arrays, self.rebuild_rest = split(rest)
+        self.n_weights = len(weight_arrays)
+        self.arrays = weight_arrays + rest_arrays
+        self.is_weight = [True] * len(weight_arrays) + [False] * len(rest_arrays)
+        self.rebuild_out: Callable[[list[Any]], Any] | None = None
+
+    def __call__(self, *arrays: Any) -> list[Any]:
+        n = self.n_weights
+        out = self.fun(self.rebuild_weights(list(arrays[:n])), self.rebuild_rest(list(arrays[n:])))
+        leaves, self.rebuild_out = split(out)
+        return leaves
+
+    def result(self, leaves: list[Any]) -> Any:
+        if self.rebuild_out is None:
+            raise RuntimeError("a boundary's function was not traced: JAX answered from a cache it should not have.")
+        return self.rebuild_out(list(leaves))
+
+
+def checkpointed(policy: Policy) -> Callable[..., Any]:
+    """``run(fun, weights, rest)``: ``fun(weights, rest)`` under ``jax.checkpoint`` with the policy's residual rules.
+
+    Frees every residual inside that the policy does not keep, and costs what recomputing them costs.
+    """
+
+    def run(fun: Callable[..., Any], weights: Any, rest: Any) -> Any:
+        flat = _Flat(fun, weights, rest)
+        if policy.recomputes_everything:
+            return flat.result(jax.checkpoint(flat)(*flat.arrays))
+        named = with_names(flat, flat.arrays, flat.is_weight, policy)
+        return flat.result(jax.checkpoint(named, policy=names_policy(policy))(*flat.arrays))
+
+    return run
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class _Moved:
+    """A residual that waits on the host."""
+
+    value: Any
+
+    def tree_flatten(self):
+        return (self.value,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def offloaded(
+    wanted: Callable[[Any], bool], to_host: Callable[[Any], Any], to_device: Callable[[Any], Any]
+) -> Callable[..., Any]:
+    """``run(fun, weights, rest)``: ``fun(weights, rest)`` whose residuals wait on the host where ``wanted`` says so.
+
+    The residuals are the leaves of ``jax.vjp``: exactly what autodiff keeps after any checkpointing inside
+    ``fun``. The function's own arguments (parameters, data) are never moved; a value kept twice is moved once.
+    """
+
+    def run(fun: Callable[..., Any], weights: Any, rest: Any) -> Any:
+        flat = _Flat(fun, weights, rest)
+        # Values that fun closes over must be arguments: custom_vjp does not differentiate closures.
+        converted, closed_over = jax.closure_convert(flat, *flat.arrays)
+
+        @jax.custom_vjp
+        def call(*arrays):
+            return converted(*arrays)
+
+        def forward(*arrays):
+            out, backward = jax.vjp(converted, *arrays)
+            inputs = {id(a) for a in arrays}
+            moved: dict[int, _Moved] = {}
+
+            def place(leaf):
+                if id(leaf) in inputs or not wanted(leaf):
+                    return leaf
+                if id(leaf) not in moved:
+                    moved[id(leaf)] = _Moved(to_host(leaf))
+                return moved[id(leaf)]
+
+            leaves, treedef = jax.tree.flatten(backward)
+            return out, (_Static(treedef), [place(leaf) for leaf in leaves])
+
+        def backward(residuals, cotangents):
+            treedef, leaves = residuals
+            fetched = [to_device(x.value) if isinstance(x, _Moved) else x for x in leaves]
+            return treedef.value.unflatten(fetched)(cotangents)
+
+        call.defvjp(forward, backward)
+        return flat.result(call(*flat.arrays, *closed_over))
+
+    return run
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Static:
+    """Configuration on its way through JAX; equal only to itself."""
+
+    value: Any
+
+
+def is_floating(x: Any) -> bool:
+    """Whether an array holds inexact numbers (keys and integers do not)."""
+    dtype = getattr(x, "dtype", None)
+    return isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.inexact)

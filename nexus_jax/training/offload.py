@@ -1,0 +1,256 @@
+"""Activation offloading: residuals wait on the host from the forward to the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from nexus_jax import adapters, ambient
+from nexus_jax.boundary import is_floating, offloaded
+from nexus_jax.policy.rules import MB, nbytes
+
+
+class OffloadWarning(UserWarning):
+    """Offloading was asked for and did not happen; the message says why, and what to write."""
+
+
+class _Seen:
+    """What was traced under one offloader, in this process: sizes only."""
+
+    def __init__(self):
+        self.offloaded = 0
+        self.largest = 0
+        self.traced = False
+
+
+_SEEN: dict[Any, _Seen] = {}
+_STORES: dict[int, Any] = {}
+_IDS = itertools.count(1)
+_LOCK = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationOffloader:
+    """Keep large residuals on the host between the forward and the backward pass.
+
+    It frees device memory for the time a residual waits and costs two transfers of it. What selective checkpointing
+    recomputes is not kept, so it is not moved either: the two compose.
+
+    Args:
+        enabled: if False, everything runs as it is.
+        offload_threshold_mb: smallest residual that is moved, MB (2**20 bytes).
+        prefetch_ahead: layers whose residuals may be back on the device before they are needed.
+        pin_memory: wait in ``pinned_host`` memory (page-locked, fast) or in ``unpinned_host``.
+
+    Raises:
+        ValueError, TypeError: one sentence that says what is wrong and what to write.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> def loss(w, x):
+        ...     return jnp.sum(jnp.sin(x @ w))
+        >>> offloader = ActivationOffloader(offload_threshold_mb=0.0)
+        >>> wrapped = offloader.wrap(loss)
+        >>> bool(jnp.allclose(jax.grad(wrapped)(jnp.eye(4), jnp.ones((8, 4))), 8 * jnp.cos(1.0)))
+        True
+    """
+
+    enabled: bool = True
+    offload_threshold_mb: float = 10.0
+    prefetch_ahead: int = 2
+    pin_memory: bool = True
+
+    def __post_init__(self):
+        for name in ("enabled", "pin_memory"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: write True or False.")
+        mb = self.offload_threshold_mb
+        if isinstance(mb, bool) or not isinstance(mb, int | float) or not math.isfinite(mb) or mb < 0:
+            raise ValueError(f"offload_threshold_mb={mb!r}: write a finite number of MB, from 0 up.")
+        ahead = self.prefetch_ahead
+        if isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0:
+            raise ValueError(f"prefetch_ahead={ahead!r}: write a whole number of layers, from 0 up.")
+
+    # --- what is moved, and where ---------------------------------------------------------------------------------
+
+    @property
+    def memory_kind(self) -> str:
+        """``"pinned_host"`` or ``"unpinned_host"``."""
+        return "pinned_host" if self.pin_memory else "unpinned_host"
+
+    def _should_offload(self, x: Any) -> bool:
+        """Whether an array is floating-point, on the device, and of at least the threshold."""
+        if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+            raise TypeError(f"_should_offload takes an array, got {type(x).__name__}.")
+        if not self.enabled or not is_floating(x):
+            return False
+        on_host = isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host
+        return not on_host and nbytes(x) >= self.offload_threshold_mb * MB
+
+    def run(self, fun: Callable[..., Any], weights: Any, rest: Any) -> Any:
+        """``fun(weights, rest)`` with its residuals on the host; the boundary that adapters open models at."""
+        seen = self._seen
+
+        def wanted(leaf: Any) -> bool:
+            seen.traced = True
+            if is_floating(leaf):
+                seen.largest = max(seen.largest, nbytes(leaf))
+            if not self._should_offload(leaf):
+                return False
+            seen.offloaded += nbytes(leaf)
+            return True
+
+        return offloaded(wanted, self._to_host, self._to_device)(fun, weights, rest)
+
+    def _to_host(self, x: Any) -> Any:
+        if self.pin_memory:
+            return jax.device_put(x, jax.memory.Space.Host)
+        # The one memory space that a program can name without naming a device is the pinned one.
+        return jax.device_put(x, SingleDeviceSharding(jax.devices()[0], memory_kind="unpinned_host"))
+
+    def _to_device(self, x: Any) -> Any:
+        if self.pin_memory:
+            return jax.device_put(x, jax.memory.Space.Device)
+        device = jax.devices()[0]
+        return jax.device_put(x, SingleDeviceSharding(device, memory_kind=device.default_memory().kind))
+
+    @property
+    def _seen(self) -> _Seen:
+        with _LOCK:
+            return _SEEN.setdefault(self, _Seen())
+
+    # --- the context and the wrapper ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def offload_context(self) -> Iterator[ActivationOffloader]:
+        """Offload the residuals of what is traced inside.
+
+        It reaches every linen model, and every nnx model or function that came from :meth:`wrap`,
+        ``apply_selective_checkpointing`` or ``SelectiveCheckpoint``: nnx modules are plain Python objects whose calls
+        nobody can see from outside. It is part of the key of jit's caches, so a warm cache neither hides it nor
+        leaks it. The innermost context is the one in force; a disabled one turns an outer one off.
+
+        Raises:
+            ValueError: the device has host memory, but not of the kind asked for.
+
+        Warns:
+            OffloadWarning: nothing was offloaded, and why.
+        """
+        active = self.enabled and self._host_memory()
+        with ambient.using(self if active else None):
+            if not active:
+                yield self
+                return
+            with adapters.linen.offloading():
+                yield self
+        seen = self._seen
+        if not seen.offloaded:
+            warnings.warn(self._nothing(seen), OffloadWarning, stacklevel=3)
+
+    def _nothing(self, seen: _Seen) -> str:
+        if seen.traced:
+            return (
+                f"nothing was offloaded in this context: the largest residual is {seen.largest / MB:.3g} MB, below "
+                f"offload_threshold_mb={self.offload_threshold_mb:g}; write a smaller one."
+            )
+        return (
+            "nothing was offloaded in this context: no gradient of a linen model, or of a model or function from "
+            "offloader.wrap(...), was traced in it. For an nnx model or a plain function write "
+            "model = offloader.wrap(model)."
+        )
+
+    def wrap(self, model_or_function: Any) -> Any:
+        """A model or function whose residuals are offloaded wherever it is differentiated.
+
+        Args:
+            model_or_function: a linen module (instance or class), an nnx module, or a function of pytrees and nnx
+                modules. A model comes back as a transformed copy, as from ``apply_selective_checkpointing``.
+        """
+        if adapters.is_module(model_or_function):
+            return adapters.of(model_or_function).transform(
+                model_or_function, offloader=self if self.enabled else None
+            )
+        if not callable(model_or_function):
+            raise TypeError(f"wrap takes a Flax module or a function, got {type(model_or_function).__name__}.")
+
+        @functools.wraps(model_or_function)
+        def wrapped(*args, **kwargs):
+            if not self.enabled or not self._host_memory():
+                return model_or_function(*args, **kwargs)
+            with ambient.using(self), ambient.covered():
+                return adapters.nnx.call_function(self.run, model_or_function, args, kwargs)
+
+        return wrapped
+
+    def _host_memory(self) -> bool:
+        """Whether there is a host memory to move to; says once where moving moves nothing."""
+        device = jax.devices()[0]
+        kinds = _memory_kinds(device)
+        hosts = [k for k in kinds if k.endswith("_host") and k != device.default_memory().kind]
+        if not hosts:
+            _say_once(
+                f"nothing is offloaded on {device.platform}: it has no host memory apart from its own "
+                f"(memory kinds: {', '.join(kinds)})."
+            )
+            return False
+        if self.memory_kind not in kinds:
+            raise ValueError(
+                f"{device.platform} has no {self.memory_kind} memory (it has {', '.join(kinds)}): "
+                f"write pin_memory={not self.pin_memory}."
+            )
+        if device.platform == "cpu":
+            _say_once("on the CPU, host memory is the device's own: programs are as on a GPU or TPU, but nothing moves.")
+        return True
+
+    # --- by hand --------------------------------------------------------------------------------------------------
+
+    def _offload_to_cpu(self, x: jax.Array) -> int:
+        """Copy a concrete array to the host and return the id under which it waits, for :meth:`_prefetch_to_gpu`."""
+        if isinstance(x, jax.core.Tracer):
+            raise TypeError(
+                "_offload_to_cpu takes a concrete array: inside jit or grad use offload_context() or wrap(model)."
+            )
+        if not isinstance(x, jax.Array):
+            raise TypeError(f"_offload_to_cpu takes a jax.Array, got {type(x).__name__}.")
+        kept = x
+        if self._host_memory():
+            kept = jax.device_put(x, x.sharding.with_memory_kind(self.memory_kind))
+        storage_id = next(_IDS)
+        _STORES[storage_id] = kept
+        return storage_id
+
+    def _prefetch_to_gpu(self, storage_id: int, device: Any = None) -> jax.Array:
+        """Copy an array back to a device (a ``jax.Device`` or a sharding; its old place by default), once."""
+        try:
+            x = _STORES.pop(storage_id)
+        except KeyError:
+            raise ValueError(
+                f"no array waits under id {storage_id!r}: an id from _offload_to_cpu can be fetched once."
+            ) from None
+        if device is None:
+            kind = next(iter(x.sharding.device_set)).default_memory().kind
+            device = x.sharding.with_memory_kind(kind)
+        return jax.device_put(x, device)
+
+
+def _memory_kinds(device: Any) -> list[str]:
+    return [memory.kind for memory in device.addressable_memories()]
+
+
+_SAID: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _SAID:
+        _SAID.add(message)
+        warnings.warn(message, OffloadWarning, stacklevel=4)
