@@ -14,6 +14,7 @@ import jax
 import jax.ad_checkpoint
 from flax import nnx
 from flax.nnx import extract, graphlib
+from flax.nnx.transforms import general
 from jax._src import source_info_util  # private: no public way from an equation to its line and scope
 
 OFFLOADABLE = jax.ad_checkpoint.Offloadable(src="device", dst="pinned_host")
@@ -121,8 +122,8 @@ def lift_nnx(run: Callable[..., Any], fun: Callable[..., Any], module: Any, args
     graph = graphlib.set_graph_mode.current_value()
     graph_updates = graphlib.set_graph_updates.current_value()
     if graph and graph_updates:
-        pure = nnx.merge_inputs(positional, ctxtag="nexus_jax")
-        return nnx.split_inputs(lambda *xs: run(pure, *xs), ctxtag="nexus_jax")(module, (args, kwargs))
+        pure = general.merge_inputs(positional, ctxtag="nexus_jax")
+        return general.split_inputs(lambda *xs: run(pure, *xs), ctxtag="nexus_jax")(module, (args, kwargs))
 
     def functional(module, rest):
         inputs = jax.tree.map(lambda x: x, (module, rest))  # copies, so that only our updates reach the caller

@@ -172,12 +172,12 @@ def _moves_to_host(eqn: Any) -> bool:
 _HANDED_ON = {"name", "device_put", "reduce_precision", "optimization_barrier", "copy", "copy_p"}
 
 
-def _maker(var: Any, made: dict[Any, Any], outer: str) -> tuple[str, str, str]:
+def _maker(var: Any, made: dict[Any, Any], outer: str, line: str = "") -> tuple[str, str, str]:
     """``(op, module path, source line)`` of the equation that made a value, inside loops and jitted functions too."""
     while True:
         eqn = made.get(var)
         if eqn is None:
-            return "argument", _path(outer), ""
+            return "argument", _path(outer), line
         name = eqn.primitive.name
         scope = "/".join(x for x in (outer, _compat.scope_path(eqn)) if x)
         if name in _HANDED_ON and not isinstance(eqn.invars[eqn.outvars.index(var)], jex.Literal):
@@ -194,11 +194,11 @@ def _maker(var: Any, made: dict[Any, Any], outer: str) -> tuple[str, str, str]:
             if not isinstance(out, jex.Literal) and len(inner.outvars) == len(eqn.outvars):
                 inside = {v: e for e in inner.eqns for v in e.outvars}
                 if out in inside:
-                    return _maker(out, inside, scope)
+                    return _maker(out, inside, scope, _compat.source_line(eqn) or line)
                 if out in inner.invars and len(inner.invars) == len(eqn.invars):
                     var = eqn.invars[inner.invars.index(out)]
                     continue
-        return name, _path(scope), _compat.source_line(eqn)
+        return name, _path(scope), _compat.source_line(eqn) or line
 
 
 def _path(scope: str) -> str:
@@ -207,6 +207,7 @@ def _path(scope: str) -> str:
         scope = re.sub(r"\w+\(([^()]*)\)", r"\1", scope)
     parts: list[str] = []
     for part in scope.split("/"):
-        if part and part not in ("checkpoint", "rematted_computation", "closed_call") and parts[-1:] != [part]:
+        # jnp.einsum opens a scope with its subscripts
+        if part and "->" not in part and part not in ("checkpoint", "rematted_computation", "closed_call") and parts[-1:] != [part]:
             parts.append(part)
     return "/".join(parts)

@@ -119,7 +119,7 @@ def transform(model: nnx.Module, **changes: Any) -> nnx.Module:
         if not path:
             own = given
         elif _printed(path) in selection.boundaries:
-            own = Settings(boundary=policy)
+            own = Settings(boundary=policy.inside)
         cls = transformed(type_of(module), own, _members)
         if cls is not type(module):
             object.__setattr__(module, "__class__", cls)
@@ -142,24 +142,27 @@ def _members(base: type) -> dict[str, Any]:
 
     @functools.wraps(original)
     def __call__(self, *args, **kwargs):
-        given = settings_of(type(self))
-        if given.scope is not None:
-            with jax.named_scope(given.scope):
-                return enter(self, given, args, kwargs)
-        return enter(self, given, args, kwargs)
-
-    def enter(self, given, args, kwargs):
-        if given.boundary is not None and not _INSIDE.value:
-            with _INSIDE(True):
-                return _compat.lift_nnx(checkpointed(given.boundary), original, self, args, kwargs)
-        with given.offloader.offload_context() if given.offloader is not None else contextlib.nullcontext():
-            offloader = ambient.current()
-            if offloader is None:
-                return original(self, *args, **kwargs)
-            with ambient.covered():
-                return _compat.lift_nnx(offloader.run, original, self, args, kwargs)
+        return _enter(original, self, args, kwargs)
 
     return {"__call__": __call__}
+
+
+def _enter(original: Callable[..., Any], self: nnx.Module, args: Any, kwargs: Any) -> Any:
+    """One call of a module with a transformed class."""
+    given = settings_of(type(self))
+    with contextlib.ExitStack() as stack:
+        if given.scope is not None:
+            stack.enter_context(jax.named_scope(given.scope))
+        if given.boundary is not None and not _INSIDE.value:
+            stack.enter_context(_INSIDE(True))
+            return _compat.lift_nnx(checkpointed(given.boundary), original, self, args, kwargs)
+        if given.offloader is not None:
+            stack.enter_context(given.offloader.offload_context())
+        offloader = ambient.current()
+        if offloader is None:
+            return original(self, *args, **kwargs)
+        stack.enter_context(ambient.covered())
+        return _compat.lift_nnx(offloader.run, original, self, args, kwargs)
 
 
 def call(run: Callable[..., Any], module: nnx.Module, args: Any, kwargs: Any) -> Any:

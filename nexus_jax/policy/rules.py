@@ -216,6 +216,11 @@ class Policy:
         """Whether some rule sends values to the host."""
         return any(rule.place == "offload" for rule in self.residual)
 
+    @property
+    def inside(self) -> Policy:
+        """What the policy means inside a boundary: its residual rules alone."""
+        return Policy(residual=self.residual)
+
     def place_of(self, **equation: Any) -> str:
         """The place of one output of one equation: the first rule that matches, else recompute."""
         for rule in self.residual:

@@ -196,8 +196,9 @@ def check_selection(policy: Policy, selection: Selection, nodes: Iterable[Module
             if not rule.fallback:
                 raise ValueError(_unmatched_message(policy, rule, nodes))
     if selection.scanned_alike:
+        alike = "/".join(selection.scanned_alike[0])
         warnings.warn(
-            f"policy {policy.name!r}: the layers of a scan run one program, so {selection.scanned_alike[0]} is "
+            f"policy {policy.name!r}: the layers of a scan run one program, so {alike} is "
             "treated alike in every step: all of its layers are checkpointed. Unroll the scan to treat them apart.",
             stacklevel=2,
         )

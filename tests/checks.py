@@ -1,0 +1,76 @@
+"""What every transform is held to: same values, same state, fewer residual bytes, recomputed matmuls."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import nexus_jax as nj
+from nexus_jax.flops import count_matmuls
+
+SMALL = nj.SelectiveCheckpointConfig(policy="auto", auto_wrap_min_params=100)
+
+
+def total(tree):
+    """A scalar in which every floating-point leaf of a result has its own weight."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact)]
+    return sum((i + 1) * jnp.sum(jnp.sin(jnp.asarray(x, jnp.float32))) for i, x in enumerate(floats))
+
+
+def unfused(fn, *args):
+    """``fn(*args)``, jitted, without XLA's fusion: the CPU backend then adds in the same order in both programs."""
+    return jax.jit(fn).lower(*args).compile({"xla_disable_hlo_passes": "fusion"})(*args)
+
+
+def assert_close(a, b, rtol=1e-6):
+    """Equal trees; leaves equal to within ``rtol`` of their largest value (XLA's CPU fusion reorders sums).
+
+    A leaf that is nothing but rounding (the gradient of a key's bias, say) is measured against the tree's largest.
+    """
+    chex.assert_trees_all_equal_structs(a, b)
+    floats = [x for x in jax.tree.leaves(a) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact)]
+    least = 1e-2 * max((float(np.abs(np.asarray(x, np.float64)).max(initial=0)) for x in floats), default=0.0)
+    others = dict(jax.tree_util.tree_leaves_with_path(b))
+    for path, x in jax.tree_util.tree_leaves_with_path(a):
+        y = others[path]
+        assert jnp.asarray(x).dtype == jnp.asarray(y).dtype, path
+        if jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact):
+            x, y = (np.asarray(v, np.float64) for v in (x, y))
+            scale = max(float(np.abs(x).max(initial=0)), least)
+            np.testing.assert_allclose(x, y, rtol=0, atol=rtol * scale, err_msg=str(path))
+        else:
+            assert jnp.array_equal(x, y), path
+
+
+def assert_effect(plain_loss, loss, params, *, recomputes=True):
+    """Residuals shrink, and matmuls are recomputed: a transform that does nothing fails both."""
+    before, after = nj.residuals(plain_loss, params), nj.residuals(loss, params)
+    assert after.nbytes < before.nbytes, (after.nbytes, before.nbytes)
+    if recomputes:
+        assert count_matmuls(jax.grad(loss), params) > count_matmuls(jax.grad(plain_loss), params)
+    return before, after
+
+
+def check_linen(model, *args, policy="all", rngs=None, mutable=False, rtol=1e-6, recomputes=True, **kwargs):
+    """The whole contract for one linen model; returns the transformed model."""
+    transformed = nj.apply_selective_checkpointing(model, policy)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1), **(rngs or {})}
+    variables = jax.jit(lambda: model.init(keys, *args, **kwargs))()
+    chex.assert_trees_all_equal(variables, jax.jit(lambda: transformed.init(keys, *args, **kwargs))())
+    assert jax.tree.structure(variables) == jax.tree.structure(transformed.init(keys, *args, **kwargs))
+
+    def loss_of(m):
+        def loss(params):
+            given = {**variables, "params": params}
+            out = m.apply(given, *args, rngs=rngs, mutable=mutable, **kwargs)
+            return total(out), out
+
+        return loss
+
+    plain = unfused(jax.value_and_grad(loss_of(model), has_aux=True), variables["params"])  # warms every cache
+    ours = unfused(jax.value_and_grad(loss_of(transformed), has_aux=True), variables["params"])
+    assert_close(plain, ours, rtol)
+    assert_effect(
+        lambda p: loss_of(model)(p)[0], lambda p: loss_of(transformed)(p)[0], variables["params"], recomputes=recomputes
+    )
+    return transformed
