@@ -25,9 +25,10 @@ PIXELS, PATCH, CLASSES = 8, 2, 10
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
-    steps: int = common.flag(300, common.STEPS_HELP)
+    steps: int = common.flag(600, common.STEPS_HELP)
     batch: int = common.flag(64, "images of one step")
     d_model: int = common.flag(64, "width")
+    lr: float = common.flag(2e-3, "learning rate after warm-up")
     auto_min_params: int = common.flag(20_000, "auto recomputes modules of more parameters than this")
 
 

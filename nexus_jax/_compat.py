@@ -71,11 +71,13 @@ def lifted_kind(cls: type) -> str | None:
     return cls.__name__.removesuffix(cls.__bases__[0].__name__)
 
 
-def lift_linen(run: Callable[..., Any], method: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+def lift_linen(
+    run: Callable[..., Any], method: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, name: str = "remat"
+) -> Any:
     """Call an unbound ``method`` of a bound ``module`` as ``run(pure, variables, (rngs, args, kwargs))``.
 
     ``pure`` takes the same two trees; variables, random streams and mutable collections go in and come out as in
-    ``nn.remat``, whose machinery this is.
+    ``nn.remat``, whose machinery this is. The scope's debug path says ``name(...)`` inside.
     """
 
     def lift(core_fn):
@@ -88,7 +90,7 @@ def lift_linen(run: Callable[..., Any], method: Callable[..., Any], module: nn.M
 
             return run(pure, variables, (rngs, args, kwargs))
 
-        return flax.core.lift.pack(inner, (True,), (True,), (True,), name="remat", enable_kwargs=True)
+        return flax.core.lift.pack(inner, (True,), (True,), (True,), name=name, enable_kwargs=True)
 
     return linen_transforms.decorator_lift_transform(lift, method)(module, *args, **kwargs)
 
@@ -115,6 +117,9 @@ def captured_once(module: nn.Module, method_name: str) -> Iterator[None]:
 def lift_nnx(run: Callable[..., Any], fun: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
     """Call ``fun(module, *args, **kwargs)`` as ``run(pure, state, rest)``, in nnx's graph or tree mode."""
 
+    if not all(v._can_update for _, v in _variables(module)):
+        return _lift_closed_over(run, fun, module, args, kwargs)
+
     def positional(module, rest):
         args, kwargs = rest
         return fun(module, *args, **kwargs)
@@ -140,3 +145,30 @@ def lift_nnx(run: Callable[..., Any], fun: Callable[..., Any], module: Any, args
     out, updates = run(functional, *inputs)
     extract.apply_updates(variables, updates)
     return extract.from_tree2(out) if graph else out
+
+
+def _variables(module: Any) -> list[tuple[Any, nnx.Variable]]:
+    return [(path, v) for path, v in nnx.iter_graph(module) if isinstance(v, nnx.Variable)]
+
+
+def _lift_closed_over(run: Callable[..., Any], fun: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
+    """As :func:`lift_nnx`, for a module from outside the trace that is open now.
+
+    nnx's transforms write every Variable back and refuse to write these. So a copy goes through, and what the call
+    changed is written back: nothing, in a call that the plain module would allow.
+    """
+    copy = nnx.clone(module)
+    changed: set[Any] = set()
+
+    def watched(module, *args, **kwargs):
+        before = {path: v.get_raw_value() for path, v in _variables(module)}
+        out = fun(module, *args, **kwargs)
+        changed.update(path for path, v in _variables(module) if v.get_raw_value() is not before.get(path))
+        return out
+
+    out = lift_nnx(run, watched, copy, args, kwargs)
+    now = dict(_variables(copy))
+    for path, variable in _variables(module):
+        if path in changed:
+            variable.set_value(now[path].get_value())
+    return out

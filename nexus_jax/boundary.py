@@ -128,10 +128,11 @@ def offloaded(
     """``run(fun, weights, rest)``: ``fun(weights, rest)`` whose residuals wait on the host where ``wanted`` says so.
 
     The residuals are the leaves of ``jax.vjp``: exactly what autodiff keeps after any checkpointing inside
-    ``fun``. The function's own arguments (parameters, data) are never moved; a value kept twice is moved once.
+    ``fun``. The function's own arguments (parameters, data) are never moved, but for those in ``rest`` where
+    ``run(..., inputs=True)`` says that they are activations too; a value kept twice is moved once.
     """
 
-    def run(fun: Callable[..., Any], weights: Any, rest: Any) -> Any:
+    def run(fun: Callable[..., Any], weights: Any, rest: Any, inputs: bool = False) -> Any:
         flat = _Flat(fun, weights, rest)
         # Values that fun closes over must be arguments: custom_vjp does not differentiate closures.
         converted, closed_over = jax.closure_convert(flat, *flat.arrays)
@@ -142,11 +143,13 @@ def offloaded(
 
         def forward(*arrays):
             out, backward = jax.vjp(converted, *arrays)
-            inputs = {id(a) for a in arrays}
+            end = len(flat.arrays)
+            fixed = arrays[: flat.n_weights] + arrays[end:] if inputs else arrays
+            own = {id(a) for a in fixed}
             moved: dict[int, _Moved] = {}
 
             def place(leaf):
-                if id(leaf) in inputs or not wanted(leaf):
+                if id(leaf) in own or not wanted(leaf):
                     return leaf
                 if id(leaf) not in moved:
                     moved[id(leaf)] = _Moved(to_host(leaf))

@@ -202,7 +202,7 @@ CASES = {
         {"rngs": {"dropout": jax.random.key(3)}, "mutable": ["batch_stats", "intermediates", "counters"]},
     ),
     "keyword flag": (GPT(dropout=0.3), (TOKENS,), {"train": True, "rngs": {"dropout": jax.random.key(3)}}),
-    "bf16 with f32 parameters": (GPT(dtype=jnp.bfloat16), (TOKENS,), {"rtol": 1e-2}),
+    "bf16 with f32 parameters": (GPT(dtype=jnp.bfloat16), (TOKENS,), {"rtol": 3e-2}),
 }
 
 

@@ -351,7 +351,7 @@ def offloading() -> Iterator[None]:
         if context.method_name == "setup" or module.scope is None or module.is_initializing() or offloader is None:
             return next_fun(*args, **kwargs)
         with ambient.covered(), _compat.captured_once(module, context.method_name):
-            return _compat.lift_linen(offloader.run, context.orig_method.func, module, args, kwargs)
+            return _compat.lift_linen(offloader.run, context.orig_method.func, module, args, kwargs, name="offload")
 
     with nn.intercept_methods(intercept):
         yield

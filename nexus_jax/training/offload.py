@@ -97,7 +97,7 @@ class ActivationOffloader:
         on_host = isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host
         return not on_host and nbytes(x) >= self.offload_threshold_mb * MB
 
-    def run(self, fun: Callable[..., Any], weights: Any, rest: Any) -> Any:
+    def run(self, fun: Callable[..., Any], weights: Any, rest: Any, inputs: bool = False) -> Any:
         """``fun(weights, rest)`` with its residuals on the host; the boundary that adapters open models at."""
         seen = self._seen
 
@@ -110,7 +110,7 @@ class ActivationOffloader:
             seen.offloaded += nbytes(leaf)
             return True
 
-        return offloaded(wanted, self._to_host, self._to_device)(fun, weights, rest)
+        return offloaded(wanted, self._to_host, self._to_device)(fun, weights, rest, inputs)
 
     def _to_host(self, x: Any) -> Any:
         if self.pin_memory:
@@ -240,6 +240,8 @@ class ActivationOffloader:
         if device is None:
             kind = next(iter(x.sharding.device_set)).default_memory().kind
             device = x.sharding.with_memory_kind(kind)
+        elif isinstance(device, jax.Device):
+            device = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
         return jax.device_put(x, device)
 
 

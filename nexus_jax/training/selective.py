@@ -178,10 +178,10 @@ class SelectiveCheckpoint:
 
 
 def _chained(outer: Callable[..., Any], inner: Callable[..., Any] | None) -> Callable[..., Any]:
-    """One boundary inside another: offload what checkpointing keeps."""
+    """One boundary inside another: offload what checkpointing keeps, which is first of all the input."""
     if inner is None:
-        return outer
-    return lambda fun, weights, rest: outer(lambda w, r: inner(fun, w, r), weights, rest)
+        return lambda fun, weights, rest: outer(fun, weights, rest, inputs=True)
+    return lambda fun, weights, rest: outer(lambda w, r: inner(fun, w, r), weights, rest, inputs=True)
 
 
 def _names(rule: Any, name: str) -> bool:

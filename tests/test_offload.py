@@ -1,0 +1,365 @@
+"""The offloader: residuals in host memory, values unchanged, and never in silence."""
+
+import threading
+import warnings
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from checks import assert_close, total, unfused
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+from models import GPT, NNXGPT, ScannedGPT, linen_loss, loss_of
+
+import nexus_jax as nj
+from nexus_jax.training import offload
+
+TOKENS = jnp.arange(32).reshape(2, 16) % 64
+KB = 1 / 1024
+pytestmark = pytest.mark.filterwarnings("ignore:on the CPU:nexus_jax.OffloadWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory():
+    """What was offloaded before, in another test, must not keep this one from warning."""
+    offload._SEEN.clear()
+
+
+def host_bytes(loss, *args):
+    return nj.residuals(loss, *args).host_bytes
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    model = GPT(layers=2)
+    return model, model.init(jax.random.key(0), TOKENS)
+
+
+def big(found, mb):
+    """Bytes of floating-point residuals of at least the threshold."""
+    return sum(r.nbytes for r in found if r.dtype == "float32" and r.nbytes >= mb * 2**20)
+
+
+@pytest.mark.parametrize("mb", [1.5 * KB, 2 * KB, 8 * KB])
+def test_context_moves_every_float_residual_from_the_threshold_up(gpt, mb):
+    model, params = gpt
+    logits = lambda p: total(model.apply(p, TOKENS))  # noqa: E731
+    plain = nj.residuals(lambda p: model.apply(p, TOKENS), params)
+    with nj.ActivationOffloader(offload_threshold_mb=mb).offload_context():
+        inside = nj.residuals(lambda p: model.apply(p, TOKENS), params)
+        grads = unfused(jax.grad(logits), params)
+    assert inside.host_bytes == big(plain, mb) > 0
+    assert inside.nbytes == plain.nbytes
+    assert_close(unfused(jax.grad(logits), params), grads)
+
+
+def test_jaxpr_says_host(gpt):
+    model, params = gpt
+    with nj.ActivationOffloader(offload_threshold_mb=2 * KB).offload_context():
+        inside = str(jax.make_jaxpr(jax.grad(linen_loss(model, TOKENS)))(params))
+    assert "<host>" in inside and "MemorySpace.Device" in inside
+    assert "<host>" not in str(jax.make_jaxpr(jax.grad(linen_loss(model, TOKENS)))(params))
+
+
+def test_warm_jit_cache_neither_hides_nor_leaks(gpt):
+    model, params = gpt
+    traced = []
+
+    @jax.jit
+    def step(params):
+        traced.append(1)
+        return jax.value_and_grad(linen_loss(model, TOKENS))(params)
+
+    offloader = nj.ActivationOffloader(offload_threshold_mb=2 * KB)
+    plain = step(params)
+    for _ in range(2):
+        with offloader.offload_context():
+            inside = step(params)
+            assert "<host>" in str(jax.make_jaxpr(step)(params))
+    step(params)
+    assert len(traced) == 2
+    assert "<host>" not in str(jax.make_jaxpr(step)(params))
+    assert_close(plain, inside, 1e-5)
+
+
+def test_nested_contexts_and_exceptions(gpt):
+    model, params = gpt
+    loss = linen_loss(model, TOKENS)
+    outer, inner = (nj.ActivationOffloader(offload_threshold_mb=mb) for mb in (0.0, 8 * KB))
+    with outer.offload_context():
+        everything = host_bytes(loss, params)
+        with inner.offload_context():
+            some = host_bytes(loss, params)
+        with nj.ActivationOffloader(enabled=False).offload_context():
+            assert host_bytes(loss, params) == 0
+        with pytest.raises(RuntimeError, match="user's own"), inner.offload_context():
+            raise RuntimeError("user's own")
+        assert host_bytes(loss, params) == everything
+    assert 0 < some < everything
+    assert host_bytes(loss, params) == 0
+
+
+def test_threads_do_not_share_a_context(gpt):
+    model, params = gpt
+    loss = linen_loss(model, TOKENS)
+    found = {}
+    with nj.ActivationOffloader(offload_threshold_mb=0.0).offload_context():
+        thread = threading.Thread(target=lambda: found.update(other=host_bytes(loss, params)))
+        thread.start()
+        thread.join()
+        found["this"] = host_bytes(loss, params)
+    assert found["other"] == 0 < found["this"]
+
+
+@pytest.mark.parametrize("make", [GPT, ScannedGPT])
+def test_composes_with_selective_checkpointing(make):
+    model = make()
+    params = model.init(jax.random.key(0), TOKENS)
+    ours = nj.apply_selective_checkpointing(model, "all")
+    with nj.ActivationOffloader(offload_threshold_mb=2 * KB).offload_context():
+        both = nj.residuals(lambda p: ours.apply(p, TOKENS), params)
+        grads = jax.grad(linen_loss(ours, TOKENS))(params)
+    kept = nj.residuals(lambda p: ours.apply(p, TOKENS), params)
+    assert both.nbytes == kept.nbytes  # recomputed is recomputed,
+    assert both.host_bytes == big(kept, 2 * KB) > 0  # and the rest is moved
+    assert_close(jax.grad(linen_loss(model, TOKENS))(params), grads, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["instance", "class", "function"])
+def test_wrap_linen(gpt, kind):
+    model, params = gpt
+    offloader = nj.ActivationOffloader(offload_threshold_mb=2 * KB)
+    loss = linen_loss(model, TOKENS)
+    match kind:
+        case "instance":
+            wrapped = linen_loss(offloader.wrap(model), TOKENS)
+        case "class":
+            wrapped = linen_loss(offloader.wrap(GPT)(layers=2), TOKENS)
+        case "function":
+            wrapped = offloader.wrap(loss)
+    assert host_bytes(loss, params) == 0 < host_bytes(wrapped, params)
+    assert_close(unfused(jax.grad(loss), params), unfused(jax.grad(wrapped), params), 1e-5)
+
+
+def test_wrap_and_policy_in_either_order(gpt):
+    model, params = gpt
+    offloader = nj.ActivationOffloader(offload_threshold_mb=0.0)
+    one = nj.apply_selective_checkpointing(offloader.wrap(model), "all")
+    two = offloader.wrap(nj.apply_selective_checkpointing(model, "all"))
+    assert type(one) is type(two)
+    sizes = [(r.nbytes, r.host_bytes) for r in (nj.residuals(linen_loss(m, TOKENS), params) for m in (one, two))]
+    assert sizes[0] == sizes[1] and sizes[0][1] > 0
+
+
+def test_wrap_nnx():
+    model = NNXGPT(layers=2, rngs=nnx.Rngs(0))
+    loss = lambda m: loss_of(m(TOKENS), TOKENS)  # noqa: E731
+    offloader = nj.ActivationOffloader(offload_threshold_mb=2 * KB)
+    wrapped = offloader.wrap(model)
+    assert nj.residuals(loss, model).host_bytes == 0 < nj.residuals(loss, wrapped).host_bytes
+    plain, ours = (nnx.to_pure_dict(nnx.grad(loss)(m)) for m in (model, wrapped))
+    assert_close(plain, ours, 1e-5)
+    function = nnx.grad(offloader.wrap(loss))(model)
+    assert_close(plain, nnx.to_pure_dict(function), 1e-5)
+
+
+def test_context_reaches_a_transformed_nnx_model():
+    ours = nj.apply_selective_checkpointing(NNXGPT(layers=2, rngs=nnx.Rngs(0)), "all")
+    loss = lambda m: loss_of(m(TOKENS), TOKENS)  # noqa: E731
+    with nj.ActivationOffloader(offload_threshold_mb=2 * KB).offload_context():
+        assert nj.residuals(loss, ours).host_bytes > 0
+        nnx.grad(loss)(ours)
+
+
+def test_plain_nnx_in_a_context_is_told_what_to_write():
+    model = NNXGPT(layers=2, rngs=nnx.Rngs(0))
+    with (
+        pytest.warns(nj.OffloadWarning, match=r"model = offloader\.wrap\(model\)"),
+        nj.ActivationOffloader(offload_threshold_mb=1.5 * KB).offload_context(),
+    ):
+        nnx.grad(lambda m: loss_of(m(TOKENS), TOKENS))(model)
+
+
+def test_threshold_that_no_residual_reaches_names_the_largest(gpt):
+    model, params = gpt
+    with (
+        pytest.warns(nj.OffloadWarning, match=r"largest residual is 0\.0156 MB, below offload_threshold_mb=10;"),
+        nj.ActivationOffloader().offload_context(),
+    ):
+        jax.grad(linen_loss(model, TOKENS))(params)
+
+
+def test_documented_combination_in_a_forward():
+    """The documentation's own example: a checkpointed layer called inside the context."""
+    layer = NNXGPT(layers=1, rngs=nnx.Rngs(0)).blocks[0]
+    x = jnp.ones((2, 16, 32))
+    checkpoint_fn = nj.SelectiveCheckpoint(policy="all")
+    with nj.ActivationOffloader(offload_threshold_mb=0.0).offload_context():
+        loss = lambda x: total(checkpoint_fn(layer, jnp.sin(x)))  # noqa: E731
+        found = nj.residuals(loss, x)
+        grads = jax.grad(loss)(x)
+    assert_close(jax.grad(lambda x: total(layer(jnp.sin(x))))(x), grads, 1e-5)
+    plain = nj.residuals(lambda x: total(layer(jnp.sin(x))), x)
+    assert found.host_bytes == x.nbytes  # the layer's input: all that checkpointing keeps of it
+    assert found.nbytes < plain.nbytes
+
+
+def test_state_and_randomness_are_the_plain_models():
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.BatchNorm(use_running_average=False)(nn.Dense(16)(x))
+            self.sow("intermediates", "y", y)
+            return nn.Dropout(0.5, deterministic=False)(y)
+
+    model, x = Noisy(), jnp.linspace(0, 1, 128).reshape(8, 16)
+    variables = model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
+
+    def run(m):
+        def loss(p):
+            out, state = m.apply(
+                {**variables, "params": p}, x, rngs={"dropout": jax.random.key(2)}, mutable=["batch_stats", "intermediates"]
+            )
+            return total(out), state
+
+        return unfused(jax.value_and_grad(loss, has_aux=True), variables["params"])
+
+    assert_close(run(model), run(nj.ActivationOffloader(offload_threshold_mb=0.0).wrap(model)))
+
+
+def test_sharded_over_a_mesh(gpt):
+    model, params = gpt
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tokens = jax.device_put(jnp.tile(TOKENS, (4, 1)), NamedSharding(mesh, PartitionSpec("data")))
+    wrapped = nj.ActivationOffloader(offload_threshold_mb=0.0).wrap(model)
+    plain, ours = (jax.jit(jax.grad(linen_loss(m, tokens)))(params) for m in (model, wrapped))
+    assert_close(plain, ours, 1e-5)
+
+
+def test_under_vmap_and_scan(gpt):
+    model, params = gpt
+    wrapped = nj.ActivationOffloader(offload_threshold_mb=0.0).wrap(model)
+
+    def loss(m):
+        def step(carry, tokens):
+            return carry + linen_loss(m, tokens)(params_of(carry)), None
+
+        params_of = lambda carry: jax.tree.map(lambda x: x + 0 * carry, params)  # noqa: E731
+        batches = jnp.stack([TOKENS, TOKENS + 1])
+        return lambda p: jax.vmap(lambda t: linen_loss(m, t)(p))(batches).sum() + jax.lax.scan(step, 0.0, batches)[0]
+
+    assert_close(jax.jit(jax.grad(loss(model)))(params), jax.jit(jax.grad(loss(wrapped)))(params), 1e-5)
+
+
+def test_function_that_closes_over_what_is_differentiated():
+    offloader = nj.ActivationOffloader(offload_threshold_mb=0.0)
+
+    def outer(w):
+        return offloader.wrap(lambda x: jnp.sum(jnp.sin(x @ w)))(jnp.ones((4, 4)))
+
+    expected = jax.grad(lambda w: jnp.sum(jnp.sin(jnp.ones((4, 4)) @ w)))(jnp.eye(4))
+    chex.assert_trees_all_close(jax.grad(outer)(jnp.eye(4)), expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    width=st.integers(1, 9),
+    layers=st.integers(1, 4),
+    kb=st.floats(0, 2),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+)
+def test_gradients_are_equal_for_any_shape_and_threshold(rows, width, layers, kb, dtype):
+    def f(w, x):
+        for _ in range(layers):
+            x = jnp.tanh(x @ w)
+        return jnp.sum(x.astype(jnp.float32))
+
+    w, x = jnp.eye(width, dtype=dtype) * 0.5, jnp.ones((rows, width), dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nj.OffloadWarning)
+        wrapped = nj.ActivationOffloader(offload_threshold_mb=kb * KB).wrap(f)
+        ours, plain = (jax.grad(g, argnums=(0, 1))(w, x) for g in (wrapped, f))
+        chex.assert_trees_all_close(ours, plain, rtol=1e-5)
+        found, before = nj.residuals(wrapped, w, x), nj.residuals(f, w, x)
+    assert found.host_bytes == sum(r.nbytes for r in before if r.nbytes >= kb * 1024)
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_by_hand(pin):
+    offloader = nj.ActivationOffloader(pin_memory=pin, offload_threshold_mb=2 * KB)
+    x = jnp.arange(1024.0)
+    assert offloader._should_offload(x) and not offloader._should_offload(x[:100])
+    assert not offloader._should_offload(jnp.arange(4096)) and not offloader._should_offload(jax.random.split(jax.random.key(0), 999))
+    assert not nj.ActivationOffloader(enabled=False)._should_offload(x)
+    key = offloader._offload_to_cpu(x)
+    assert offload._STORES[key].sharding.memory_kind == ("pinned_host" if pin else "unpinned_host")
+    back = offloader._prefetch_to_gpu(key, jax.devices()[0])
+    assert back.sharding.memory_kind == "device" and jnp.array_equal(back, x)
+    with pytest.raises(ValueError, match="can be fetched once"):
+        offloader._prefetch_to_gpu(key, jax.devices()[0])
+    with pytest.raises(TypeError, match="concrete array"):
+        jax.jit(offloader._offload_to_cpu)(x)
+    with pytest.raises(TypeError, match=r"takes a jax\.Array"):
+        offloader._offload_to_cpu("x")
+
+
+def test_unpinned_is_its_own_memory_kind():
+    w = jnp.eye(8)
+    f = nj.ActivationOffloader(pin_memory=False, offload_threshold_mb=0.0).wrap(lambda w: jnp.sum(jnp.sin(w)))
+    assert "unpinned_host" in str(jax.make_jaxpr(jax.grad(f))(w))
+    assert nj.residuals(f, w).host_bytes == w.nbytes
+    assert jnp.array_equal(jax.grad(f)(w), jnp.cos(w))
+
+
+def test_devices_that_lack_a_memory(monkeypatch):
+    w = jnp.eye(8)
+    offload._SAID.clear()
+    monkeypatch.setattr(offload, "_memory_kinds", lambda device: ["device"])
+    f = nj.ActivationOffloader(offload_threshold_mb=0.0).wrap(lambda w: jnp.sum(jnp.sin(w)))
+    with pytest.warns(nj.OffloadWarning, match="nothing is offloaded on cpu"):
+        jax.grad(f)(w)
+    with warnings.catch_warnings():  # says so once
+        warnings.simplefilter("error")
+        assert "host" not in str(jax.make_jaxpr(jax.grad(f))(w))
+    monkeypatch.setattr(offload, "_memory_kinds", lambda device: ["device", "pinned_host"])
+    with pytest.raises(ValueError, match=r"no unpinned_host memory .* write pin_memory=True"):
+        nj.ActivationOffloader(pin_memory=False).offload_context().__enter__()
+
+
+def test_the_cpu_says_once_that_nothing_moves():
+    offload._SAID.clear()
+    f = nj.ActivationOffloader(offload_threshold_mb=0.0).wrap(jnp.sin)
+    with pytest.warns(nj.OffloadWarning, match="on the CPU, host memory is the device's own"):
+        f(jnp.ones(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        f(jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"offload_threshold_mb": -1}, ValueError, r"offload_threshold_mb=-1: write a finite number of MB"),
+        ({"offload_threshold_mb": float("nan")}, ValueError, r"offload_threshold_mb=nan"),
+        ({"offload_threshold_mb": "10"}, ValueError, r"offload_threshold_mb='10'"),
+        ({"prefetch_ahead": -1}, ValueError, r"prefetch_ahead=-1: write a whole number of layers"),
+        ({"prefetch_ahead": 1.5}, ValueError, r"prefetch_ahead=1\.5"),
+        ({"pin_memory": 1}, TypeError, r"pin_memory=1: write True or False"),
+        ({"enabled": None}, TypeError, r"enabled=None: write True or False"),
+    ],
+)
+def test_bad_arguments(kwargs, error, match):
+    with pytest.raises(error, match=match):
+        nj.ActivationOffloader(**kwargs)
+
+
+def test_bad_objects():
+    with pytest.raises(TypeError, match="wrap takes a Flax module or a function, got int"):
+        nj.ActivationOffloader().wrap(3)
+    with pytest.raises(TypeError, match="_should_offload takes an array, got str"):
+        nj.ActivationOffloader()._should_offload("x")
