@@ -1,4 +1,4 @@
-"""What the training examples share: flags, policies, the training loop, and the comparison of all policies."""
+"""What the training examples share: flags, policies, the training loop, and the comparison of policies."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ TOLERANCE = 1e-4  # of the loss: policies change how XLA fuses, and so the round
 
 STEPS_HELP = f"training steps (--compare always takes {COMPARE_STEPS})"
 
-# Measured with nn.remat as well, so it is the compiler: jax 0.10.2 recomputes on the CPU, but frees nothing by it.
+# nn.remat does the same, so it is the compiler: on the CPU, jax 0.10.2 recomputes but frees nothing by it.
 CPU_NOTE = (
-    "on the CPU, host memory is the device's own: offloading moves nothing, and temporaries include it; they also "
-    "depend on the compiler (with jax 0.10 they may not fall at all, with plain jax.checkpoint neither). Residuals "
-    "are exact. Times vary by several percent from run to run."
+    "on the CPU, host memory is the device's own: offloading moves nothing, and temporaries include what it would "
+    "move. Temporaries depend on the compiler: with jax 0.10 they may not fall at all, nor with plain "
+    "jax.checkpoint. Residuals are what autodiff keeps, before the compiler fuses any. Step times of one and the "
+    "same program differ by up to a tenth."
 )
 
 Batch = tuple[jax.Array, ...]
 
 
-# --- flags ---------------------------------------------------------------------------------------------------------
+# --- flags --------------------------------------------------------------------------------------------------
 
 
 def flag(default: Any, about: str) -> Any:
@@ -69,8 +70,9 @@ C = TypeVar("C", bound=Config)
 
 
 def parse(kind: type[C], about: str, argv: Sequence[str] | None) -> C:
-    """The command line as a configuration; a bad flag ends the program with one sentence, as argparse does."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The command line as a configuration; a bad flag ends the program with one sentence, as in argparse."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=formatter)
     for field in dataclasses.fields(kind):
         name, given = "--" + field.name.replace("_", "-"), {"default": field.default, **field.metadata}
         match field.default:
@@ -104,7 +106,7 @@ def _number(kind: type, least: int) -> Callable[[str], Any]:
     return number
 
 
-# --- one model under one policy ------------------------------------------------------------------------------------
+# --- one model under one policy -----------------------------------------------------------------------------
 
 
 def checkpointing(config: Config) -> nexus_jax.SelectiveCheckpointConfig:
@@ -164,7 +166,7 @@ class Cost:
     losses: tuple[float, ...]
 
 
-# --- training ------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def run(config: C, build: Callable[[C], Trainee], batches: Iterable[Batch], name: str, score: str) -> int:
@@ -211,12 +213,10 @@ def _temp_bytes(trainee: Trainee) -> int:
     return trainee.step.memory_analysis().temp_size_in_bytes
 
 
-# --- comparing -----------------------------------------------------------------------------------------------------
+# --- comparing ----------------------------------------------------------------------------------------------
 
 
-def _compare(
-    config: C, build: Callable[[C], Trainee], batches: Iterable[Batch], name: str, console: Console
-) -> int:
+def _compare(config: C, build: Callable[[C], Trainee], batches: Iterable[Batch], name: str, console: Console) -> int:
     trainees: dict[str, Trainee] = {}
     with console.status("compiling") as status:
         for policy in POLICIES:
@@ -225,7 +225,7 @@ def _compare(
     costs = measure(config, trainees, batches, console)
     console.print(cost_table(costs), markup=False, highlight=False, soft_wrap=True)
     if jax.default_backend() == "cpu":
-        console.print(f"note: {CPU_NOTE}", highlight=False)
+        console.print(f"note: {CPU_NOTE}", markup=False, highlight=False)
     console.print(f"picture: {draw(costs, config.out / f'compare_{name}.png')}")
     apart = disagreement(costs)
     console.print(f"largest relative difference of a loss from none: {apart:.1e}")
@@ -316,15 +316,18 @@ def draw(costs: Mapping[str, Cost], path: pathlib.Path) -> pathlib.Path:
     axes.barh(names, device, color="#3b6ea5", height=0.62, label="on the device")
     axes.barh(names, host, left=device, color="#e0a458", height=0.62, label="on the host")
     for row, (name, d, h) in enumerate(zip(names, device, host, strict=True)):
-        text = f"{extra_flops(costs, name):+.1f}% FLOPs, {time_ratio(costs, name):.2f}x time"
-        axes.text(d + h + 0.012 * longest, row, text if name != "none" else "the plain model", va="center", fontsize=9)
+        text = "the plain model"
+        if name != "none":
+            text = f"{extra_flops(costs, name):+.1f}% FLOPs, {time_ratio(costs, name):.2f}x time"
+        axes.text(d + h + 0.012 * longest, row, text, va="center", fontsize=9)
     axes.set_xlim(0, 1.32 * longest)  # room for the text beside the longest bar
     axes.invert_yaxis()
     axes.set_xlabel("residuals of one step, MiB")
     axes.set_title("What the backward pass keeps, and the cost of keeping less", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2, fontsize=9)
+    # Above the bars, where no text of theirs can reach it.
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
     plt.close(figure)

@@ -1,7 +1,7 @@
 """Train a byte-level GPT (Flax linen) on the source of Python's standard library, under a policy of nexus_jax.
 
-    python examples/train_gpt.py --policy heavy_ops
-    python examples/train_gpt.py --compare --out out
+python examples/train_gpt.py --policy heavy_ops
+python examples/train_gpt.py --compare --out out
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import optax
 import nexus_jax
 
 VOCAB = 256  # bytes
-# Not the library: what pip installed, and its tests (long tables of escapes, and files that are broken on purpose).
+# Not the library: what pip installed, and its tests (tables of escapes, files that are broken on purpose).
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 VALIDATION_BATCHES = 8
 
@@ -33,7 +33,7 @@ class Config(common.Config):
     length: int = common.flag(128, "bytes of one sequence")
 
 
-# --- the model: plain Flax, which knows nothing of nexus_jax -------------------------------------------------------
+# --- the model: plain Flax, which knows nothing of nexus_jax ------------------------------------------------
 
 
 class Block(nn.Module):
@@ -60,7 +60,7 @@ class GPT(nn.Module):
         return embed.attend(nn.LayerNorm(name="norm")(x))
 
 
-# --- the text ------------------------------------------------------------------------------------------------------
+# --- the text -----------------------------------------------------------------------------------------------
 
 
 def corpus() -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +93,7 @@ class Windows:
             yield (jnp.asarray(self.text[starts[:, None] + np.arange(self.length + 1)]),)
 
 
-# --- training ------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def build(config: Config, held_out: np.ndarray) -> common.Trainee:
@@ -128,9 +128,7 @@ def build(config: Config, held_out: np.ndarray) -> common.Trainee:
         windows = iter(Windows(held_out, config.batch, config.length, seed=0))
         return float(np.mean([compiled_loss(state[0], *next(windows)) for _ in range(VALIDATION_BATCHES)]))
 
-    return common.Trainee(
-        loss=loss, params=common.shapes(params), step=step, advance=advance, score=validation_loss
-    )
+    return common.Trainee(loss=loss, params=common.shapes(params), step=step, advance=advance, score=validation_loss)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Train a vision transformer (Flax nnx) on scikit-learn's handwritten digits, under a policy of nexus_jax.
 
-    python examples/train_vit_nnx.py --policy heavy_ops
-    python examples/train_vit_nnx.py --compare --out out
+python examples/train_vit_nnx.py --policy heavy_ops
+python examples/train_vit_nnx.py --compare --out out
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Config(common.Config):
     auto_min_params: int = common.flag(20_000, "auto recomputes modules of more parameters than this")
 
 
-# --- the model: plain Flax, which knows nothing of nexus_jax -------------------------------------------------------
+# --- the model: plain Flax, which knows nothing of nexus_jax ------------------------------------------------
 
 
 class Block(nnx.Module):
@@ -63,7 +63,7 @@ class ViT(nnx.Module):
         return self.head(self.norm(x).mean(axis=1))
 
 
-# --- the images ----------------------------------------------------------------------------------------------------
+# --- the images ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Batches:
             yield jnp.asarray(self.data.images[picked]), jnp.asarray(self.data.labels[picked])
 
 
-# --- training ------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def loss_of(model: ViT, images: jax.Array, labels: jax.Array) -> jax.Array:

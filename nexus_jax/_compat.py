@@ -22,7 +22,7 @@ OFFLOADABLE = jax.ad_checkpoint.Offloadable(src="device", dst="pinned_host")
 
 def require_offload_policies() -> None:
     """Refuse ``jax_remat3`` on a JAX whose new remat has no offloading."""
-    if jax.config.jax_remat3 and jax.__version_info__ < (0, 11):
+    if getattr(jax.config, "jax_remat3", False) and jax.__version_info__ < (0, 11):
         raise ValueError(
             f"jax {jax.__version__} cannot offload by policy under jax_remat3: "
             "unset that flag (jax.config.update('jax_remat3', False)) or use a policy without place = \"offload\"."

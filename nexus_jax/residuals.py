@@ -185,9 +185,7 @@ def _maker(var: Any, made: dict[Any, Any], outer: str, line: str = "") -> tuple[
             if nearer in made:
                 var = nearer
                 continue
-        body = next(
-            (p for p in eqn.params.values() if isinstance(p, jex.Jaxpr | jex.ClosedJaxpr)), None
-        )
+        body = next((p for p in eqn.params.values() if isinstance(p, jex.Jaxpr | jex.ClosedJaxpr)), None)
         if body is not None and name in _compat.CALLS:
             inner = getattr(body, "jaxpr", body)
             out = inner.outvars[eqn.outvars.index(var)]
@@ -208,6 +206,11 @@ def _path(scope: str) -> str:
     parts: list[str] = []
     for part in scope.split("/"):
         # jnp.einsum opens a scope with its subscripts
-        if part and "->" not in part and part not in ("checkpoint", "rematted_computation", "closed_call") and parts[-1:] != [part]:
+        if (
+            part
+            and "->" not in part
+            and part not in ("checkpoint", "rematted_computation", "closed_call")
+            and parts[-1:] != [part]
+        ):
             parts.append(part)
     return "/".join(parts)

@@ -19,7 +19,11 @@ def total(tree):
 
 def unfused(fn, *args):
     """``fn(*args)``, jitted, without XLA's fusion: the CPU backend then adds in the same order in both programs."""
-    return jax.jit(fn).lower(*args).compile({"xla_disable_hlo_passes": "fusion", "xla_allow_excess_precision": False})(*args)
+    return (
+        jax.jit(fn)
+        .lower(*args)
+        .compile({"xla_disable_hlo_passes": "fusion", "xla_allow_excess_precision": False})(*args)
+    )
 
 
 def assert_close(a, b, rtol=1e-6):

@@ -47,7 +47,9 @@ class GPT(nn.Module):
     @nn.compact
     def __call__(self, tokens, train: bool = False):
         embed = nn.Embed(self.vocab, self.d, dtype=self.dtype, name="embed")
-        x = embed(tokens) + self.param("pos", nn.initializers.normal(0.02), (tokens.shape[1], self.d)).astype(self.dtype)
+        x = embed(tokens) + self.param("pos", nn.initializers.normal(0.02), (tokens.shape[1], self.d)).astype(
+            self.dtype
+        )
         for i in range(self.layers):
             x = self.block(self.heads, self.dropout, self.dtype, name=f"blocks_{i}")(x, train=train)
         return embed.attend(nn.LayerNorm(dtype=self.dtype, name="norm")(x))
@@ -78,7 +80,7 @@ class ScannedGPT(nn.Module):
 class NNXAttention(nnx.Module):
     def __init__(self, d, heads, *, dtype=jnp.float32, rngs):
         shape = (heads, d // heads)
-        linear = lambda: nnx.LinearGeneral(d, shape, dtype=dtype, rngs=rngs)  # noqa: E731
+        linear = lambda: nnx.LinearGeneral(d, shape, dtype=dtype, rngs=rngs)
         self.q, self.k, self.v = linear(), linear(), linear()
         self.out = nnx.LinearGeneral(shape, d, axis=(-2, -1), dtype=dtype, rngs=rngs)
         self.dtype = dtype

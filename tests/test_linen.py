@@ -230,7 +230,9 @@ def test_none_changes_nothing():
     model = GPT()
     params = model.init(jax.random.key(0), TOKENS)
     same = nj.apply_selective_checkpointing(model, "none")
-    assert nj.residuals(linen_loss(same, TOKENS), params).nbytes == nj.residuals(linen_loss(model, TOKENS), params).nbytes
+    assert (
+        nj.residuals(linen_loss(same, TOKENS), params).nbytes == nj.residuals(linen_loss(model, TOKENS), params).nbytes
+    )
 
 
 def test_heavy_ops_keeps_projections_and_recomputes_one_matmul_a_layer():
@@ -272,7 +274,7 @@ def test_class_decorator():
     variables = Compact().init(jax.random.key(0), X)
     chex.assert_trees_all_equal(Model().init(jax.random.key(0), X), variables)
     assert Model.__name__ == "Model"
-    loss = lambda m: lambda p: total(m.apply(p, X))  # noqa: E731
+    loss = lambda m: lambda p: total(m.apply(p, X))
     assert_effect(loss(Compact()), loss(Model()), variables)
 
     @nn.compact
@@ -290,7 +292,7 @@ def test_users_own_remat_is_left_alone():
     with pytest.warns(UserWarning, match="already under the model's own remat"):
         transformed = nj.apply_selective_checkpointing(mine, "all")
         variables = transformed.init(jax.random.key(0), X)
-    loss = lambda m: lambda p: total(m.apply(p, X))  # noqa: E731
+    loss = lambda m: lambda p: total(m.apply(p, X))
     same = [nj.residuals(loss(m), variables).nbytes for m in (mine, transformed)]
     assert same[0] == same[1]
     assert count_matmuls(jax.grad(loss(transformed)), variables) == count_matmuls(jax.grad(loss(mine)), variables)
@@ -299,7 +301,7 @@ def test_users_own_remat_is_left_alone():
 def test_warm_nn_jit_cache_does_not_hide_the_policy():
     model = Several(functools.partial(nn.jit(Block), 4))
     variables = model.init(jax.random.key(0), X)
-    loss = lambda m: lambda p: total(m.apply(p, X))  # noqa: E731
+    loss = lambda m: lambda p: total(m.apply(p, X))
     jax.grad(loss(model))(variables)
     ours = nj.apply_selective_checkpointing(model, "heavy_ops")
     assert_effect(loss(model), loss(ours), variables)
@@ -327,9 +329,7 @@ def test_look_ahead_keeps_random_streams_and_state():
         pass
 
     variables = model.init(jax.random.key(0), X)
-    run = lambda m: m.apply(  # noqa: E731
-        variables, X, rngs={"dropout": jax.random.key(1)}, mutable=["batch_stats", "counters"]
-    )
+    run = lambda m: m.apply(variables, X, rngs={"dropout": jax.random.key(1)}, mutable=["batch_stats", "counters"])
     chex.assert_trees_all_close(run(model), run(nj.apply_selective_checkpointing(Fresh(), "all")), rtol=1e-6)
 
 
@@ -347,7 +347,7 @@ def test_reapplying_replaces_and_never_mutates():
     assert type(model) is Compact
     twice = nj.apply_selective_checkpointing(once, "none")
     variables = model.init(jax.random.key(0), X)
-    loss = lambda m: lambda p: total(m.apply(p, X))  # noqa: E731
+    loss = lambda m: lambda p: total(m.apply(p, X))
     assert nj.residuals(loss(twice), variables).nbytes == nj.residuals(loss(model), variables).nbytes
     assert nj.apply_selective_checkpointing(model, "all") == once
     assert type(nj.apply_selective_checkpointing(once, "alternate")) is type(
@@ -377,7 +377,9 @@ def test_pickle(dumps):
     model = nj.apply_selective_checkpointing(GPT(), "alternate")
     again = pickle.loads(dumps(model))
     params = model.init(jax.random.key(0), TOKENS)
-    assert nj.residuals(linen_loss(again, TOKENS), params).nbytes == nj.residuals(linen_loss(model, TOKENS), params).nbytes
+    assert (
+        nj.residuals(linen_loss(again, TOKENS), params).nbytes == nj.residuals(linen_loss(model, TOKENS), params).nbytes
+    )
     if dumps is pickle.dumps:
         assert again == model and type(again) is type(model)
     assert copy.deepcopy(model) == model
@@ -411,8 +413,11 @@ def test_sharded_over_a_mesh(policy):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     model = GPT()
     params = model.init(jax.random.key(0), TOKENS)
-    shard = lambda x: jax.device_put(  # noqa: E731
-        x, NamedSharding(mesh, PartitionSpec(*([None] * (x.ndim - 1)), "model") if x.shape[-1] % 2 == 0 else PartitionSpec())
+    shard = lambda x: jax.device_put(
+        x,
+        NamedSharding(
+            mesh, PartitionSpec(*([None] * (x.ndim - 1)), "model") if x.shape[-1] % 2 == 0 else PartitionSpec()
+        ),
     )
     sharded = jax.tree.map(shard, params)
     tokens = jax.device_put(jnp.tile(TOKENS, (2, 1)), NamedSharding(mesh, PartitionSpec("data")))
@@ -432,7 +437,7 @@ def test_shard_map():
 
     def loss(m):
         def mapped(p):
-            inner = lambda p, t: jax.lax.pmean(linen_loss(m, t)(p), "data")  # noqa: E731
+            inner = lambda p, t: jax.lax.pmean(linen_loss(m, t)(p), "data")
             spec = (PartitionSpec(), PartitionSpec("data"))
             return jax.shard_map(inner, mesh=mesh, in_specs=spec, out_specs=PartitionSpec())(p, tokens)
 
@@ -465,7 +470,7 @@ def test_bit_for_bit_without_fusion():
     """XLA's CPU backend reorders sums when it fuses; without fusion, values and gradients are equal to the bit."""
     model = GPT(layers=2)
     params = model.init(jax.random.key(0), TOKENS)
-    run = lambda m: unfused(jax.value_and_grad(linen_loss(m, TOKENS)), params)  # noqa: E731
+    run = lambda m: unfused(jax.value_and_grad(linen_loss(m, TOKENS)), params)
     for policy in ("all", "alternate", "heavy_ops"):
         chex.assert_trees_all_equal(run(model), run(nj.apply_selective_checkpointing(model, policy)))
 
@@ -497,6 +502,6 @@ def test_other_methods_than_call():
     model = Codec()
     variables = model.init(jax.random.key(0), X)
     ours = nj.apply_selective_checkpointing(model, "all")
-    loss = lambda m: lambda p: total(m.apply(p, X, method="encode"))  # noqa: E731
+    loss = lambda m: lambda p: total(m.apply(p, X, method="encode"))
     assert_effect(loss(model), loss(ours), variables)
     assert_close(jax.grad(loss(model))(variables), jax.grad(loss(ours))(variables))

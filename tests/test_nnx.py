@@ -140,7 +140,9 @@ def loss_fn(model, x):
 def test_equal_in_all_but_memory(case):
     plain = CASES[case](nnx.Rngs(params=0, dropout=1))
     ours = nj.apply_selective_checkpointing(plain, "all")
-    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(plain, nnx.Param)), nnx.to_pure_dict(nnx.state(ours, nnx.Param)))
+    chex.assert_trees_all_equal(
+        nnx.to_pure_dict(nnx.state(plain, nnx.Param)), nnx.to_pure_dict(nnx.state(ours, nnx.Param))
+    )
     step = nnx.jit(nnx.value_and_grad(loss_fn))
     before, after = nnx.clone(plain), nnx.clone(ours)
     value, grads = step(before, X)
@@ -152,7 +154,12 @@ def test_equal_in_all_but_memory(case):
         chex.assert_trees_all_close(*states, rtol=1e-6)
     old, new = (nj.residuals(loss_fn, m, X) for m in (plain, ours))
     assert new.nbytes < old.nbytes
-    counts = [count_matmuls(lambda s, g=nnx.split(m): jax.grad(lambda p: total(nnx.merge(g[0], p)(X)), allow_int=True)(s), nnx.state(m)) for m in (plain, ours)]
+    counts = [
+        count_matmuls(
+            lambda s, g=nnx.split(m): jax.grad(lambda p: total(nnx.merge(g[0], p)(X)), allow_int=True)(s), nnx.state(m)
+        )
+        for m in (plain, ours)
+    ]
     assert counts[1] > counts[0]
 
 
@@ -183,7 +190,10 @@ def test_graph_and_tree_mode(mode, policy):
 
 def test_boundaries():
     model = NNXGPT(rngs=nnx.Rngs(0))
-    chosen = {p: nj.policy_of(nj.apply_selective_checkpointing(model, p)).selection.boundaries for p in ("all", "alternate", "heavy_ops")}
+    chosen = {
+        p: nj.policy_of(nj.apply_selective_checkpointing(model, p)).selection.boundaries
+        for p in ("all", "alternate", "heavy_ops")
+    }
     assert chosen["all"] == {("blocks", str(i)) for i in range(4)}
     assert chosen["alternate"] == {("blocks", "0"), ("blocks", "2")}
     assert chosen["heavy_ops"] == {("blocks", str(i), "attn") for i in range(4)}
@@ -247,7 +257,7 @@ def test_pickle(dumps):
     if dumps is pickle.dumps:
         assert again == graphdef
     merged = nnx.merge(again, state)
-    loss = lambda m: loss_of(m(TOKENS), TOKENS)  # noqa: E731
+    loss = lambda m: loss_of(m(TOKENS), TOKENS)
     assert nj.residuals(loss, merged).nbytes == nj.residuals(loss, ours).nbytes
     assert type(copy.deepcopy(ours).blocks[0]) is type(ours.blocks[0])
 
@@ -276,7 +286,12 @@ def test_sharded_over_a_mesh():
     def grads(model):
         graphdef, state = nnx.split(model)
         state = jax.tree.map(
-            lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*([None] * (x.ndim - 1)), "model") if x.ndim > 1 else PartitionSpec())),
+            lambda x: jax.device_put(
+                x,
+                NamedSharding(
+                    mesh, PartitionSpec(*([None] * (x.ndim - 1)), "model") if x.ndim > 1 else PartitionSpec()
+                ),
+            ),
             nnx.to_pure_dict(state),
         )
 
@@ -288,7 +303,7 @@ def test_sharded_over_a_mesh():
         return jax.jit(jax.grad(loss, allow_int=True))(state)
 
     plain_grads, our_grads = grads(plain), grads(ours)
-    floats = lambda tree: [x for x in jax.tree.leaves(tree) if x.dtype == jnp.float32]  # noqa: E731
+    floats = lambda tree: [x for x in jax.tree.leaves(tree) if x.dtype == jnp.float32]
     assert_close(floats(plain_grads), floats(our_grads), 1e-5)
     assert [x.sharding for x in floats(plain_grads)] == [x.sharding for x in floats(our_grads)]
 
@@ -298,7 +313,10 @@ def test_bf16_with_f32_parameters():
     ours = nj.apply_selective_checkpointing(plain, "all")
     grads = [nnx.to_pure_dict(nnx.grad(lambda m: loss_of(m(TOKENS), TOKENS))(m)) for m in (plain, ours)]
     assert_close(*grads, rtol=1e-2)
-    assert nj.residuals(lambda m: loss_of(m(TOKENS), TOKENS), ours).nbytes < nj.residuals(lambda m: loss_of(m(TOKENS), TOKENS), plain).nbytes
+    assert (
+        nj.residuals(lambda m: loss_of(m(TOKENS), TOKENS), ours).nbytes
+        < nj.residuals(lambda m: loss_of(m(TOKENS), TOKENS), plain).nbytes
+    )
 
 
 def normalised(hlo: str) -> list[str]:
@@ -325,7 +343,7 @@ def test_hlo_equals_that_of_nnx_remat_by_hand():
 
     def compiled(model):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        loss = lambda p, rest: loss_of(nnx.merge(graphdef, p, jax.tree.map(lambda x: x, rest))(TOKENS), TOKENS)  # noqa: E731
+        loss = lambda p, rest: loss_of(nnx.merge(graphdef, p, jax.tree.map(lambda x: x, rest))(TOKENS), TOKENS)
         return normalised(jax.jit(jax.value_and_grad(loss)).lower(params, rest).compile().as_text())
 
     assert compiled(ours) == compiled(by_hand)

@@ -47,7 +47,7 @@ def big(found, mb):
 @pytest.mark.parametrize("mb", [1.5 * KB, 2 * KB, 8 * KB])
 def test_context_moves_every_float_residual_from_the_threshold_up(gpt, mb):
     model, params = gpt
-    logits = lambda p: total(model.apply(p, TOKENS))  # noqa: E731
+    logits = lambda p: total(model.apply(p, TOKENS))
     plain = nj.residuals(lambda p: model.apply(p, TOKENS), params)
     with nj.ActivationOffloader(offload_threshold_mb=mb).offload_context():
         inside = nj.residuals(lambda p: model.apply(p, TOKENS), params)
@@ -157,7 +157,7 @@ def test_wrap_and_policy_in_either_order(gpt):
 
 def test_wrap_nnx():
     model = NNXGPT(layers=2, rngs=nnx.Rngs(0))
-    loss = lambda m: loss_of(m(TOKENS), TOKENS)  # noqa: E731
+    loss = lambda m: loss_of(m(TOKENS), TOKENS)
     offloader = nj.ActivationOffloader(offload_threshold_mb=2 * KB)
     wrapped = offloader.wrap(model)
     assert nj.residuals(loss, model).host_bytes == 0 < nj.residuals(loss, wrapped).host_bytes
@@ -169,7 +169,7 @@ def test_wrap_nnx():
 
 def test_context_reaches_a_transformed_nnx_model():
     ours = nj.apply_selective_checkpointing(NNXGPT(layers=2, rngs=nnx.Rngs(0)), "all")
-    loss = lambda m: loss_of(m(TOKENS), TOKENS)  # noqa: E731
+    loss = lambda m: loss_of(m(TOKENS), TOKENS)
     with nj.ActivationOffloader(offload_threshold_mb=2 * KB).offload_context():
         assert nj.residuals(loss, ours).host_bytes > 0
         nnx.grad(loss)(ours)
@@ -199,7 +199,7 @@ def test_documented_combination_in_a_forward():
     x = jnp.ones((2, 16, 32))
     checkpoint_fn = nj.SelectiveCheckpoint(policy="all")
     with nj.ActivationOffloader(offload_threshold_mb=0.0).offload_context():
-        loss = lambda x: total(checkpoint_fn(layer, jnp.sin(x)))  # noqa: E731
+        loss = lambda x: total(checkpoint_fn(layer, jnp.sin(x)))
         found = nj.residuals(loss, x)
         grads = jax.grad(loss)(x)
     assert_close(jax.grad(lambda x: total(layer(jnp.sin(x))))(x), grads, 1e-5)
@@ -222,7 +222,10 @@ def test_state_and_randomness_are_the_plain_models():
     def run(m):
         def loss(p):
             out, state = m.apply(
-                {**variables, "params": p}, x, rngs={"dropout": jax.random.key(2)}, mutable=["batch_stats", "intermediates"]
+                {**variables, "params": p},
+                x,
+                rngs={"dropout": jax.random.key(2)},
+                mutable=["batch_stats", "intermediates"],
             )
             return total(out), state
 
@@ -248,7 +251,7 @@ def test_under_vmap_and_scan(gpt):
         def step(carry, tokens):
             return carry + linen_loss(m, tokens)(params_of(carry)), None
 
-        params_of = lambda carry: jax.tree.map(lambda x: x + 0 * carry, params)  # noqa: E731
+        params_of = lambda carry: jax.tree.map(lambda x: x + 0 * carry, params)
         batches = jnp.stack([TOKENS, TOKENS + 1])
         return lambda p: jax.vmap(lambda t: linen_loss(m, t)(p))(batches).sum() + jax.lax.scan(step, 0.0, batches)[0]
 
@@ -294,7 +297,9 @@ def test_by_hand(pin):
     offloader = nj.ActivationOffloader(pin_memory=pin, offload_threshold_mb=2 * KB)
     x = jnp.arange(1024.0)
     assert offloader._should_offload(x) and not offloader._should_offload(x[:100])
-    assert not offloader._should_offload(jnp.arange(4096)) and not offloader._should_offload(jax.random.split(jax.random.key(0), 999))
+    assert not offloader._should_offload(jnp.arange(4096)) and not offloader._should_offload(
+        jax.random.split(jax.random.key(0), 999)
+    )
     assert not nj.ActivationOffloader(enabled=False)._should_offload(x)
     key = offloader._offload_to_cpu(x)
     assert offload._STORES[key].sharding.memory_kind == ("pinned_host" if pin else "unpinned_host")

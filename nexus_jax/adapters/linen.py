@@ -157,7 +157,9 @@ def selection_of(model: Any) -> Selection | None:
 
 
 def _key(root: nn.Module, policy: Policy) -> Any:
-    fields = [(f.name, getattr(root, f.name, None)) for f in dataclasses.fields(root) if f.name not in ("parent", "name")]
+    fields = [
+        (f.name, getattr(root, f.name, None)) for f in dataclasses.fields(root) if f.name not in ("parent", "name")
+    ]
     key = (type(root), policy, tuple(fields))
     try:
         hash(key)

@@ -183,7 +183,7 @@ def opened(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable[[A
 
     The modules that ``fun`` then sees open a named scope with their path when they are called.
     """
-    is_module = lambda x: isinstance(x, nnx.Module)  # noqa: E731
+    is_module = lambda x: isinstance(x, nnx.Module)
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_module)
     graphs = [nnx.split(x) if is_module(x) else None for x in leaves]
     states = [x if g is None else nnx.to_pure_dict(g[1]) for x, g in zip(leaves, graphs, strict=True)]

@@ -90,8 +90,7 @@ def _rule(path: pathlib.Path, text: str, table: str, index: int, kind: type, ent
     for key in entry:
         if key not in known:
             raise ValueError(
-                f"{_at(path, text, key, start)}: unknown key {key!r} in [[{table}]]; "
-                f"it has {', '.join(sorted(known))}."
+                f"{_at(path, text, key, start)}: unknown key {key!r} in [[{table}]]; it has {', '.join(sorted(known))}."
             )
     try:
         return kind(**entry)
@@ -127,9 +126,7 @@ def save(policy: Policy, path: Any) -> None:
             values = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
             if values.get("fallback") is False:
                 del values["fallback"]
-            entries.append(
-                {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
-            )
+            entries.append({k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None})
         if entries:
             document[table] = entries
     pathlib.Path(path).write_text(tomli_w.dumps(document), encoding="utf-8")

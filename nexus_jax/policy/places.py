@@ -127,18 +127,14 @@ class _Marker:
         if body is not None:
             flags = [self._get(weights, v) for v in eqn.invars]
             jaxpr, _, in_feeds = self.rewrite(body.jaxpr, [False] * len(body.consts), flags, out_feeds)
-            eqn = eqn.replace(
-                params={**eqn.params, _BODIES[eqn.primitive.name]: jex.ClosedJaxpr(jaxpr, body.consts)}
-            )
+            eqn = eqn.replace(params={**eqn.params, _BODIES[eqn.primitive.name]: jex.ClosedJaxpr(jaxpr, body.consts)})
         elif weight_matmul:
             in_feeds = [not self._get(weights, v) for v in eqn.invars] if self.known else [True] * 2
         elif eqn.primitive.name in _VIEWS:
             in_feeds = [any(out_feeds)] + [False] * (len(eqn.invars) - 1)
         else:
             in_feeds = [False] * len(eqn.invars)
-        feeds.update(
-            v for v, f in zip(eqn.invars, in_feeds, strict=True) if f and not isinstance(v, jex.Literal)
-        )
+        feeds.update(v for v, f in zip(eqn.invars, in_feeds, strict=True) if f and not isinstance(v, jex.Literal))
         if body is not None or not eqn.outvars:
             return [eqn]
         return self._named(eqn, weight_matmul, out_feeds)
@@ -161,7 +157,5 @@ class _Marker:
 
 
 def _name_equation(source: Any, target: Any, name: str, like: Any) -> Any:
-    [template] = jax.make_jaxpr(lambda x: checkpoint_name(x, name))(
-        jax.ShapeDtypeStruct((), jax.numpy.float32)
-    ).eqns
+    [template] = jax.make_jaxpr(lambda x: checkpoint_name(x, name))(jax.ShapeDtypeStruct((), jax.numpy.float32)).eqns
     return template.replace(invars=[source], outvars=[target], source_info=like.source_info)

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-
 PLACES = ("save", "recompute", "offload")
 MB = 2**20  # as in the documented API, whose offload_threshold_mb this unit is
 
@@ -86,10 +85,7 @@ class CheckpointRule:
             parse_slice(self.layers)
         if self.where is not None and not callable(self.where):
             raise TypeError(f"where={self.where!r}: write a function of one module that returns a bool.")
-        if all(
-            getattr(self, f) is None
-            for f in ("type", "path", "min_params", "layers", "depth", "family", "where")
-        ):
+        if all(getattr(self, f) is None for f in ("type", "path", "min_params", "layers", "depth", "family", "where")):
             raise ValueError("a checkpoint rule needs a condition: type, path, min_params, layers, depth or family.")
 
 
@@ -236,9 +232,7 @@ class Policy:
             return False
         op = prim.name
         aval = _compat.output_aval(prim, avals, params)
-        weight = op == "conv_general_dilated" or (
-            op == "dot_general" and not params["dimension_numbers"][1][0]
-        )
+        weight = op == "conv_general_dilated" or (op == "dot_general" and not params["dimension_numbers"][1][0])
         place = self.place_of(op=op, aval=aval, params=params, weight=weight, feeds_weight=None)
         if place == "offload":
             _compat.require_offload_policies()
@@ -262,4 +256,3 @@ class Policy:
                 )
                 lines.append(f"  {kind}: {said}")
         return "\n".join(lines)
-

@@ -119,9 +119,7 @@ class _Tree:
         return 1 if self.parent[path] == () else 1 + self.depth(self.parent[path])
 
     def in_layer(self, path: Path) -> bool:
-        return path in self.place_in_family or (
-            self.parent.get(path, ()) != () and self.in_layer(self.parent[path])
-        )
+        return path in self.place_in_family or (self.parent.get(path, ()) != () and self.in_layer(self.parent[path]))
 
     def matches(self, rule: CheckpointRule, path: Path) -> bool:
         node = self.nodes[path]
@@ -130,8 +128,7 @@ class _Tree:
             rule.path is None or re.fullmatch(rule.path, node.printed),
             rule.min_params is None or node.size >= rule.min_params,
             rule.depth is None or self.depth(path) == rule.depth,
-            rule.family is None
-            or (self.in_layer(path) or path in self.around_family) == rule.family,
+            rule.family is None or (self.in_layer(path) or path in self.around_family) == rule.family,
             rule.where is None or node.where,
             rule.layers is None or self._in_slice(rule.layers, path),
         )

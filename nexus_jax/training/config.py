@@ -74,9 +74,7 @@ class SelectiveCheckpointConfig:
                 "recomputed dropout mask is always the same; leave it True."
             )
         if self.use_reentrant is not False:
-            raise ValueError(
-                f"use_reentrant={self.use_reentrant!r}: JAX has no reentrant autograd; leave it False."
-            )
+            raise ValueError(f"use_reentrant={self.use_reentrant!r}: JAX has no reentrant autograd; leave it False.")
         if isinstance(self.policy, str) and self.policy in {p.value for p in CheckpointPolicy}:
             object.__setattr__(self, "policy", CheckpointPolicy(self.policy))
         if isinstance(self.policy, str):
@@ -124,7 +122,10 @@ class SelectiveCheckpointConfig:
             return _with_min_params(policy, self.auto_wrap_min_params)
         matmuls = [op for op in self.heavy_ops if any(part in op for part in _MATMUL_LAYERS)]
         rules = []
-        for ops, least in (([o for o in self.heavy_ops if o not in matmuls], None), (matmuls, self.auto_wrap_min_params)):
+        for ops, least in (
+            ([o for o in self.heavy_ops if o not in matmuls], None),
+            (matmuls, self.auto_wrap_min_params),
+        ):
             if ops:
                 rules.append(CheckpointRule(type=f".*({'|'.join(map(re.escape, ops))}).*", min_params=least))
         return dataclasses.replace(policy, checkpoint=tuple(rules))

@@ -54,9 +54,7 @@ def estimate_checkpointing_memory_savings(
     }
 
 
-def estimate_offloading_memory_savings(
-    activation_memory_gpu_mb: float, offload_ratio: float = 0.5
-) -> dict[str, float]:
+def estimate_offloading_memory_savings(activation_memory_gpu_mb: float, offload_ratio: float = 0.5) -> dict[str, float]:
     """What moving a share of the activations to the host would free.
 
     Args:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.core
 from jax.sharding import SingleDeviceSharding
 
 from nexus_jax import adapters, ambient
@@ -177,9 +178,7 @@ class ActivationOffloader:
                 modules. A model comes back as a transformed copy, as from ``apply_selective_checkpointing``.
         """
         if adapters.is_module(model_or_function):
-            return adapters.of(model_or_function).transform(
-                model_or_function, offloader=self if self.enabled else None
-            )
+            return adapters.of(model_or_function).transform(model_or_function, offloader=self if self.enabled else None)
         if not callable(model_or_function):
             raise TypeError(f"wrap takes a Flax module or a function, got {type(model_or_function).__name__}.")
 
@@ -209,7 +208,9 @@ class ActivationOffloader:
                 f"write pin_memory={not self.pin_memory}."
             )
         if device.platform == "cpu":
-            _say_once("on the CPU, host memory is the device's own: programs are as on a GPU or TPU, but nothing moves.")
+            _say_once(
+                "on the CPU, host memory is the device's own: programs are as on a GPU or TPU, but nothing moves."
+            )
         return True
 
     # --- by hand --------------------------------------------------------------------------------------------------

@@ -102,7 +102,9 @@ class SelectiveCheckpoint:
         node = self._node(adapter, module)
         tree = _Tree([node])
         return any(
-            tree.matches(dataclasses.replace(rule, layers=None, family=None, depth=None, type=rule.type or ".*"), node.path)
+            tree.matches(
+                dataclasses.replace(rule, layers=None, family=None, depth=None, type=rule.type or ".*"), node.path
+            )
             for rule in self.policy.checkpoint
         )
 
@@ -186,4 +188,3 @@ def _chained(outer: Callable[..., Any], inner: Callable[..., Any] | None) -> Cal
 
 def _names(rule: Any, name: str) -> bool:
     return re.fullmatch(rule.type, name) is not None
-
