@@ -21,9 +21,10 @@ from nexus_jax import report
 from nexus_jax.flops import matmul_flops
 
 matplotlib.use("Agg")  # before pyplot: training machines have no display
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 POLICIES = ("none", "all", "alternate", "heavy_ops", "auto", "offload", "heavy_ops_offload")
+OUT = pathlib.Path("out")
 COMPARE_STEPS = 7  # odd, so that the median is one of the times
 TOLERANCE = 1e-4  # of the loss: policies change how XLA fuses, and so the rounding, but nothing else
 
@@ -31,10 +32,10 @@ STEPS_HELP = f"training steps (--compare always takes {COMPARE_STEPS})"
 
 # nn.remat does the same, so it is the compiler: on the CPU, jax 0.10.2 recomputes but frees nothing by it.
 CPU_NOTE = (
-    "on the CPU, host memory is the device's own: offloading moves nothing, and temporaries include what it would "
-    "move. Temporaries depend on the compiler: with jax 0.10 they may not fall at all, nor with plain "
-    "jax.checkpoint. Residuals are what autodiff keeps, before the compiler fuses any. Step times of one and the "
-    "same program differ by up to a tenth."
+    "on the CPU, host memory is the device's own: offloading moves nothing, and temporaries include what it "
+    "would move. Temporaries depend on the compiler: with jax 0.10 they may not fall at all, nor with plain "
+    "jax.checkpoint. Residuals are what autodiff keeps, before the compiler fuses any. Step times of one and "
+    "the same program differ by up to a tenth."
 )
 
 Batch = tuple[jax.Array, ...]
@@ -63,7 +64,7 @@ class Config:
     auto_min_params: int = flag(50_000, "auto recomputes modules of more parameters than this")
     offload_min_mb: float = flag(0.05, "offload policies move values of at least this many MB")
     compare: bool = flag(False, "train a few steps under every policy, and show what each costs and frees")
-    out: pathlib.Path = flag(pathlib.Path("out"), "folder of the picture of --compare")
+    out: pathlib.Path = flag(OUT, "folder of the picture of --compare")
 
 
 C = TypeVar("C", bound=Config)
@@ -189,7 +190,8 @@ def run(config: C, build: Callable[[C], Trainee], batches: Iterable[Batch], name
     kept = nexus_jax.residuals(trainee.loss, trainee.params, *batch)
     console.print(
         f"{config.policy}: residuals {report.size(kept.device_bytes)} on the device, "
-        f"{report.size(kept.host_bytes)} on the host; compiled step {report.size(_temp_bytes(trainee))} temporary",
+        f"{report.size(kept.host_bytes)} on the host; "
+        f"compiled step {report.size(_temp_bytes(trainee))} temporary",
         soft_wrap=True,
     )
     before, losses = trainee.score(), []
@@ -216,7 +218,13 @@ def _temp_bytes(trainee: Trainee) -> int:
 # --- comparing ----------------------------------------------------------------------------------------------
 
 
-def _compare(config: C, build: Callable[[C], Trainee], batches: Iterable[Batch], name: str, console: Console) -> int:
+def _compare(
+    config: C,
+    build: Callable[[C], Trainee],
+    batches: Iterable[Batch],
+    name: str,
+    console: Console,
+) -> int:
     trainees: dict[str, Trainee] = {}
     with console.status("compiling") as status:
         for policy in POLICIES:
@@ -289,9 +297,14 @@ def disagreement(costs: Mapping[str, Cost]) -> float:
 def cost_table(costs: Mapping[str, Cost]) -> str:
     """One row per policy."""
     columns = (
-        "policy", "residuals, device", "residuals, host", "compiled temporaries", "extra FLOPs, %", "time / none",
+        "policy",
+        "residuals, device",
+        "residuals, host",
+        "compiled temporaries",
+        "extra FLOPs, %",
+        "time / none",
         "final loss",
-    )  # fmt: skip
+    )
     rows = [
         (
             policy,
@@ -310,7 +323,8 @@ def cost_table(costs: Mapping[str, Cost]) -> str:
 def draw(costs: Mapping[str, Cost], path: pathlib.Path) -> pathlib.Path:
     """Write the residual bytes of each policy as a picture, with what they cost beside them."""
     names = list(costs)
-    device, host = ([getattr(c, kind) / 2**20 for c in costs.values()] for kind in ("device_bytes", "host_bytes"))
+    device = [cost.device_bytes / 2**20 for cost in costs.values()]
+    host = [cost.host_bytes / 2**20 for cost in costs.values()]
     longest = max(d + h for d, h in zip(device, host, strict=True))
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(names) + 1.6), layout="constrained")
     axes.barh(names, device, color="#3b6ea5", height=0.62, label="on the device")

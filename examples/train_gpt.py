@@ -1,4 +1,4 @@
-"""Train a byte-level GPT (Flax linen) on the source of Python's standard library, under a policy of nexus_jax.
+"""Train a byte-level GPT (Flax linen) on Python's standard library, under a policy of nexus_jax.
 
 python examples/train_gpt.py --policy heavy_ops
 python examples/train_gpt.py --compare --out out
@@ -128,7 +128,13 @@ def build(config: Config, held_out: np.ndarray) -> common.Trainee:
         windows = iter(Windows(held_out, config.batch, config.length, seed=0))
         return float(np.mean([compiled_loss(state[0], *next(windows)) for _ in range(VALIDATION_BATCHES)]))
 
-    return common.Trainee(loss=loss, params=common.shapes(params), step=step, advance=advance, score=validation_loss)
+    return common.Trainee(
+        loss=loss,
+        params=common.shapes(params),
+        step=step,
+        advance=advance,
+        score=validation_loss,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -172,3 +175,43 @@ def _lift_closed_over(run: Callable[..., Any], fun: Callable[..., Any], module: 
         if path in changed:
             variable.set_value(now[path].get_value())
     return out
+
+
+# --- compilers without devices -----------------------------------------------------------------------------------
+
+
+def tpu_device(topology: str) -> Any:
+    """One device of a TPU topology, described by libtpu without a TPU."""
+    import os
+
+    from jax.experimental import topologies
+
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(name, value)  # libtpu asks the network and takes a lock otherwise
+    if importlib.util.find_spec("libtpu") is None:
+        raise RuntimeError('no TPU compiler here: pip install "nexus-jax[tpu]".')
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+
+
+@functools.cache
+def gpu_device(target_config: str) -> Any:
+    """One device of an NVIDIA GPU topology, described by the CUDA plugin without a GPU or a driver."""
+    from jax._src.lib import xla_client  # private: JAX's own plugin discovery insists on a GPU's libraries
+
+    found = importlib.util.find_spec("jax_plugins.xla_cuda13")
+    if found is None or not found.submodule_search_locations:
+        raise RuntimeError('no GPU compiler here: pip install "nexus-jax[gpu]".')
+    [library] = pathlib.Path(next(iter(found.submodule_search_locations))).glob("xla_cuda_plugin.so")
+    if not xla_client.pjrt_plugin_loaded("cuda"):
+        xla_client.load_pjrt_plugin_dynamically("cuda", str(library))
+    if not xla_client.pjrt_plugin_initialized("cuda"):
+        xla_client.initialize_pjrt_plugin("cuda")
+    options = {"target_config": target_config, "topology": "1x1x1"}
+    topology = xla_client._xla.get_default_c_api_topology("cuda", "1x1x1", options)
+    return topology._make_compile_only_devices()[0]

@@ -6,6 +6,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 
+def attend(q, k, v, dtype):
+    """Causal attention; scores and softmax in f32. Shapes: [batch, length, heads, head_dim]."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(q.shape[-1]).astype(dtype)
+    mask = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))
+    scores = jnp.where(mask, scores.astype(jnp.float32), -1e9)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(dtype), v)
+
+
 class Attention(nn.Module):
     heads: int
     dtype: jnp.dtype = jnp.float32
@@ -15,10 +23,7 @@ class Attention(nn.Module):
         d = x.shape[-1]
         heads = (self.heads, d // self.heads)
         q, k, v = (nn.DenseGeneral(heads, dtype=self.dtype, name=n)(x) for n in ("q", "k", "v"))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(heads[1]).astype(self.dtype)
-        mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-        scores = jnp.where(mask, scores.astype(jnp.float32), -1e9)
-        context = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores).astype(self.dtype), v)
+        context = attend(q, k, v, self.dtype)
         return nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, name="out")(context)
 
 
@@ -26,10 +31,11 @@ class Block(nn.Module):
     heads: int
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
+    attention: type = Attention
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        y = Attention(self.heads, self.dtype, name="attn")(nn.LayerNorm(dtype=self.dtype)(x))
+        y = self.attention(self.heads, self.dtype, name="attn")(nn.LayerNorm(dtype=self.dtype)(x))
         x = x + nn.Dropout(self.dropout, deterministic=not train)(y)
         y = nn.Dense(4 * x.shape[-1], dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x))
         return x + nn.Dense(x.shape[-1], dtype=self.dtype)(nn.gelu(y))
@@ -44,6 +50,9 @@ class GPT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     block: type = Block
 
+    def make_block(self, i):
+        return self.block
+
     @nn.compact
     def __call__(self, tokens, train: bool = False):
         embed = nn.Embed(self.vocab, self.d, dtype=self.dtype, name="embed")
@@ -51,7 +60,7 @@ class GPT(nn.Module):
             self.dtype
         )
         for i in range(self.layers):
-            x = self.block(self.heads, self.dropout, self.dtype, name=f"blocks_{i}")(x, train=train)
+            x = self.make_block(i)(self.heads, self.dropout, self.dtype, name=f"blocks_{i}")(x, train)
         return embed.attend(nn.LayerNorm(dtype=self.dtype, name="norm")(x))
 
 
@@ -87,10 +96,7 @@ class NNXAttention(nnx.Module):
 
     def __call__(self, x):
         q, k, v = self.q(x), self.k(x), self.v(x)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(q.shape[-1]).astype(self.dtype)
-        mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-        scores = jnp.where(mask, scores.astype(jnp.float32), -1e9)
-        return self.out(jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(self.dtype), v))
+        return self.out(attend(q, k, v, self.dtype))
 
 
 class NNXBlock(nnx.Module):

@@ -96,7 +96,7 @@ def test_bad_configurations(kwargs, error, match):
 
 @pytest.mark.parametrize("thing", [3, "model", jnp.ones(3), lambda x: x, nnx.Linear])
 def test_what_is_no_flax_module(thing):
-    with pytest.raises(TypeError, match="expected a flax.linen.Module"):
+    with pytest.raises(TypeError, match=r"expected a flax\.linen\.Module"):
         nj.apply_selective_checkpointing(thing, "all")
 
 
@@ -149,7 +149,7 @@ def test_custom_policy_is_asked_of_every_module_outermost_first(family):
 
 def test_custom_policy_that_returns_no_bool():
     config = nj.SelectiveCheckpointConfig(policy="custom", custom_policy=lambda m: 1)
-    with pytest.raises(TypeError, match="custom_policy returned 1 for .*: return True or False"):
+    with pytest.raises(TypeError, match=r"custom_policy returned 1 for .*: return True or False"):
         nj.apply_selective_checkpointing(GPT(), config).init(jax.random.key(0), TOKENS)
     with pytest.raises(TypeError, match="custom_policy returned 1 for blocks/0"):
         nj.apply_selective_checkpointing(NNXGPT(rngs=nnx.Rngs(0)), config)

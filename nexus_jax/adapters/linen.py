@@ -52,6 +52,11 @@ def count_params(module: nn.Module) -> int | None:
     return None if module.scope is None else sum(math.prod(shape) for _, shape, _ in _params(module))
 
 
+def is_initializing(module: Any) -> bool:
+    """Whether this is a linen module in the middle of its initialisation, when there is nothing to save."""
+    return isinstance(module, nn.Module) and module.scope is not None and module.is_initializing()
+
+
 def index_of(module: nn.Module) -> int | None:
     """3 for a module called ``blocks_3``."""
     tail = (module.name or "").rpartition("_")[2]

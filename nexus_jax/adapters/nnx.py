@@ -136,8 +136,8 @@ def selection_of(model: nnx.Module) -> Selection | None:
 
 
 def _members(base: type) -> dict[str, Any]:
-    original = getattr(base, "__call__", None)
-    if original is None or not hasattr(base, "__call__"):  # noqa: B004
+    original = getattr(base, "__call__", None)  # noqa: B004
+    if original is None:  # a container, say: there is no call to run at a boundary
         return {}
 
     @functools.wraps(original)

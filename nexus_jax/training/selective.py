@@ -163,10 +163,8 @@ class SelectiveCheckpoint:
     def _run(self, module_or_function: Any) -> Any:
         """The boundary to run under, or None."""
         if adapters.is_module(module_or_function):
-            adapter = adapters.of(module_or_function)
-            if adapter is adapters.linen and module_or_function.scope is not None:
-                if module_or_function.is_initializing():
-                    return None
+            if adapters.linen.is_initializing(module_or_function):
+                return None
             return checkpointed(self.policy) if self.should_checkpoint(module_or_function) else None
         if not callable(module_or_function):
             raise TypeError(f"checkpoint_fn takes a module or a function, got {type(module_or_function).__name__}.")
