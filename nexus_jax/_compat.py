@@ -202,7 +202,8 @@ def tpu_device(topology: str) -> Any:
 @functools.cache
 def gpu_device(target_config: str) -> Any:
     """One device of an NVIDIA GPU topology, described by the CUDA plugin without a GPU or a driver."""
-    from jax._src.lib import xla_client  # private: JAX's own plugin discovery insists on a GPU's libraries
+    # JAX's own plugin discovery insists on a GPU's libraries.
+    from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
     found = importlib.util.find_spec("jax_plugins.xla_cuda13")
     if found is None or not found.submodule_search_locations:
@@ -213,5 +214,6 @@ def gpu_device(target_config: str) -> Any:
     if not xla_client.pjrt_plugin_initialized("cuda"):
         xla_client.initialize_pjrt_plugin("cuda")
     options = {"target_config": target_config, "topology": "1x1x1"}
-    topology = xla_client._xla.get_default_c_api_topology("cuda", "1x1x1", options)
+    make = xla_client._xla.get_default_c_api_topology  # pyright: ignore[reportPrivateImportUsage]
+    topology = make("cuda", "1x1x1", options)
     return topology._make_compile_only_devices()[0]
