@@ -96,7 +96,8 @@ def nnx_program(model):
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(p, rest, tokens):
-        return models.loss_of(nnx.merge(graphdef, p, rest)(tokens), tokens)
+        # nnx.remat by hand refuses Variables from outside the trace of the gradient: give it new ones
+        return models.loss_of(nnx.merge(graphdef, p, jax.tree.map(lambda x: x, rest))(tokens), tokens)
 
     return loss, (params, rest, TOKENS)
 

@@ -123,15 +123,11 @@ def lift_nnx(run: Callable[..., Any], fun: Callable[..., Any], module: Any, args
     if not all(v._can_update for _, v in _variables(module)):
         return _lift_closed_over(run, fun, module, args, kwargs)
 
-    def positional(module, rest):
-        args, kwargs = rest
-        return fun(module, *args, **kwargs)
-
     graph = graphlib.set_graph_mode.current_value()
     graph_updates = graphlib.set_graph_updates.current_value()
+    positional = _positional(fun)
     if graph and graph_updates:
-        pure = general.merge_inputs(positional, ctxtag="nexus_jax")
-        return general.split_inputs(lambda *xs: run(pure, *xs), ctxtag="nexus_jax")(module, (args, kwargs))
+        return general.split_inputs(lambda *xs: run(_merging(fun), *xs), ctxtag="nexus_jax")(module, (args, kwargs))
 
     def functional(module, rest):
         inputs = jax.tree.map(lambda x: x, (module, rest))  # copies, so that only our updates reach the caller
@@ -148,6 +144,19 @@ def lift_nnx(run: Callable[..., Any], fun: Callable[..., Any], module: Any, args
     out, updates = run(functional, *inputs)
     extract.apply_updates(variables, updates)
     return extract.from_tree2(out) if graph else out
+
+
+@functools.lru_cache(maxsize=1024)
+def _positional(fun: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda module, rest: fun(module, *rest[0], **rest[1])
+
+
+@functools.lru_cache(maxsize=1024)
+def _merging(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """One function for one ``fun``, so that JAX traces equal layers once."""
+    merging: Any = general.merge_inputs(_positional(fun), ctxtag="nexus_jax")
+    merging.traced_once = True
+    return merging
 
 
 def _variables(module: Any) -> list[tuple[Any, nnx.Variable]]:

@@ -6,8 +6,10 @@ only the `jax.Array` leaves are traced, everything else goes in and comes out as
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,18 +55,37 @@ def _is_module(x: Any) -> bool:
     return any(c.__module__.startswith("flax.") and c.__name__ == "Module" for c in type(x).__mro__)
 
 
-def split(tree: Any, kinds: tuple[type, ...] = (jax.Array,)) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+def split(tree: Any, kinds: tuple[type, ...] = (jax.Array,)) -> tuple[list[Any], _Rebuild]:
     """The leaves of ``tree`` of these kinds, and the function that puts others in their place."""
     leaves, treedef = jax.tree.flatten(jax.tree.map(_open, tree))
-    traced = [isinstance(leaf, kinds) for leaf in leaves]
-    static = [None if t else leaf for leaf, t in zip(leaves, traced, strict=True)]
+    traced = tuple(isinstance(leaf, kinds) for leaf in leaves)
+    static = tuple(None if t else leaf for leaf, t in zip(leaves, traced, strict=True))
+    return [leaf for leaf, t in zip(leaves, traced, strict=True) if t], _Rebuild(treedef, traced, static)
 
-    def rebuild(arrays: list[Any]) -> Any:
+
+@dataclasses.dataclass(frozen=True)
+class _Rebuild:
+    """Puts arrays back among the leaves that are none; equal, and one cache key, where all but the arrays is equal."""
+
+    treedef: Any
+    traced: tuple[bool, ...]
+    static: tuple[Any, ...]
+
+    def __eq__(self, other: object) -> bool:
+        # 1 == True == 1.0, but a flag, a count and a scale are not one another
+        return (
+            isinstance(other, _Rebuild)
+            and (self.treedef, self.traced, self.static) == (other.treedef, other.traced, other.static)
+            and [type(x) for x in self.static] == [type(x) for x in other.static]
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.treedef, self.traced, self.static))
+
+    def __call__(self, arrays: list[Any]) -> Any:
         it = iter(arrays)
-        filled = [next(it) if t else leaf for leaf, t in zip(static, traced, strict=True)]
-        return jax.tree.map(_close, treedef.unflatten(filled), is_leaf=lambda x: isinstance(x, _Opened))
-
-    return [leaf for leaf, t in zip(leaves, traced, strict=True) if t], rebuild
+        filled = [next(it) if t else leaf for leaf, t in zip(self.static, self.traced, strict=True)]
+        return jax.tree.map(_close, self.treedef.unflatten(filled), is_leaf=lambda x: isinstance(x, _Opened))
 
 
 class _Flat:
@@ -77,7 +98,39 @@ class _Flat:
         self.n_weights = len(weight_arrays)
         self.arrays = weight_arrays + rest_arrays
         self.is_weight = [True] * len(weight_arrays) + [False] * len(rest_arrays)
-        self.rebuild_out: Callable[[list[Any]], Any] | None = None
+        self.body = _Body(fun, self.rebuild_weights, self.rebuild_rest, self.n_weights)
+
+    def shared(self) -> _Flat:
+        """Take the body of an earlier call that was the same in all but its arrays, so that JAX traces it once.
+
+        Only for functions marked ``traced_once``: they live on, and hold nothing of one trace.
+        """
+        if getattr(self.fun, "traced_once", False):
+            with contextlib.suppress(TypeError):  # a flag that cannot be hashed: traced again
+                self.body = _shared_body(self.fun, self.rebuild_weights, self.rebuild_rest, self.n_weights)
+        return self
+
+    def result(self, leaves: list[Any]) -> Any:
+        if self.body.rebuild_out is None:
+            raise RuntimeError("a boundary's function was not traced: JAX answered from a cache it should not have.")
+        return self.body.rebuild_out(list(leaves))
+
+
+class _Body:
+    """What JAX traces: equal bodies are one object, and nothing in it belongs to one call."""
+
+    def __init__(self, fun: Callable[..., Any], rebuild_weights: _Rebuild, rebuild_rest: _Rebuild, n_weights: int):
+        self.fun, self.n_weights = fun, n_weights
+        self.rebuild_weights, self.rebuild_rest = rebuild_weights, rebuild_rest
+        self.rebuild_out: _Rebuild | None = None
+        self.named: dict[Any, Callable[..., Any]] = {}
+
+    def with_names(self, is_weight: list[bool], policy: Policy) -> Callable[..., Any]:
+        """The body with what the policy keeps named; one function for one policy, for JAX's cache."""
+        key = (policy, tuple(is_weight))
+        if key not in self.named:
+            self.named[key] = lambda *arrays: with_names(self, arrays, is_weight, policy)(*arrays)
+        return self.named[key]
 
     def __call__(self, *arrays: Any) -> list[Any]:
         n = self.n_weights
@@ -85,10 +138,8 @@ class _Flat:
         leaves, self.rebuild_out = split(out)
         return leaves
 
-    def result(self, leaves: list[Any]) -> Any:
-        if self.rebuild_out is None:
-            raise RuntimeError("a boundary's function was not traced: JAX answered from a cache it should not have.")
-        return self.rebuild_out(list(leaves))
+
+_shared_body = functools.lru_cache(maxsize=1024)(_Body)
 
 
 def checkpointed(policy: Policy) -> Callable[..., Any]:
@@ -98,10 +149,10 @@ def checkpointed(policy: Policy) -> Callable[..., Any]:
     """
 
     def run(fun: Callable[..., Any], weights: Any, rest: Any) -> Any:
-        flat = _Flat(fun, weights, rest)
+        flat = _Flat(fun, weights, rest).shared()
         if policy.recomputes_everything:
-            return flat.result(jax.checkpoint(flat)(*flat.arrays))
-        named = with_names(flat, flat.arrays, flat.is_weight, policy)
+            return flat.result(jax.checkpoint(flat.body)(*flat.arrays))
+        named = flat.body.with_names(flat.is_weight, policy)
         return flat.result(jax.checkpoint(named, policy=names_policy(policy))(*flat.arrays))
 
     return run
@@ -135,7 +186,7 @@ def offloaded(
     def run(fun: Callable[..., Any], weights: Any, rest: Any, inputs: bool = False) -> Any:
         flat = _Flat(fun, weights, rest)
         # Values that fun closes over must be arguments: custom_vjp does not differentiate closures.
-        converted, closed_over = jax.closure_convert(flat, *flat.arrays)
+        converted, closed_over = jax.closure_convert(flat.body, *flat.arrays)
 
         @jax.custom_vjp
         def call(*arrays):

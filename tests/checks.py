@@ -1,5 +1,7 @@
 """What every transform is held to: same values, same state, fewer residual bytes, recomputed matmuls."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -78,3 +80,15 @@ def check_linen(model, *args, policy="all", rngs=None, mutable=False, rtol=1e-6,
         lambda p: loss_of(model)(p)[0], lambda p: loss_of(transformed)(p)[0], variables["params"], recomputes=recomputes
     )
     return transformed
+
+
+def normalised(hlo: str) -> list[str]:
+    """An optimized HLO's instructions without names and metadata, in order."""
+    hlo = re.sub(r", metadata=\{[^}]*\}|, (frontend_attributes|backend_config|origin)=\{.*?\}(?=,|$)", "", hlo)
+    hlo = re.sub(r"(?s)FileNames.*?(?=\n\n%|\n\nENTRY)|StackFrames.*?(?=\n\n)", "", hlo)
+    order: dict[str, str] = {}
+    return [
+        re.sub(r"%[\w.\-]+", lambda m: order.setdefault(m.group(), f"%{len(order)}"), line.strip())
+        for line in hlo.splitlines()
+        if " = " in line
+    ]

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from checks import assert_close, assert_effect, check_linen, total, unfused
+from checks import assert_close, assert_effect, check_linen, normalised, total, unfused
 from jax.sharding import NamedSharding, PartitionSpec
 from models import GPT, Block, ScannedGPT, linen_loss
 
@@ -505,3 +505,14 @@ def test_other_methods_than_call():
     loss = lambda m: lambda p: total(m.apply(p, X, method="encode"))
     assert_effect(loss(model), loss(ours), variables)
     assert_close(jax.grad(loss(model))(variables), jax.grad(loss(ours))(variables))
+
+
+def test_hlo_equals_that_of_nn_remat_by_hand():
+    by_hand = GPT(layers=2, block=nn.remat(Block, static_argnums=(2,)))
+    plain = GPT(layers=2)
+    params = plain.init(jax.random.key(0), TOKENS)
+    compiled = lambda m: normalised(
+        jax.jit(jax.value_and_grad(linen_loss(m, TOKENS))).lower(params).compile().as_text()
+    )
+    assert compiled(nj.apply_selective_checkpointing(plain, "all")) == compiled(by_hand)
+    assert compiled(by_hand) != compiled(plain)

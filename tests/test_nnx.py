@@ -3,7 +3,6 @@
 import copy
 import functools
 import pickle
-import re
 
 import chex
 import cloudpickle
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
-from checks import assert_close, assert_effect, total, unfused
+from checks import assert_close, assert_effect, normalised, total, unfused
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from models import NNXGPT, NNXBlock, loss_of
@@ -316,18 +315,6 @@ def test_bf16_with_f32_parameters():
         nj.residuals(lambda m: loss_of(m(TOKENS), TOKENS), ours).nbytes
         < nj.residuals(lambda m: loss_of(m(TOKENS), TOKENS), plain).nbytes
     )
-
-
-def normalised(hlo: str) -> list[str]:
-    """An optimized HLO's instructions without names and metadata, in order."""
-    hlo = re.sub(r", metadata=\{[^}]*\}|, (frontend_attributes|backend_config|origin)=\{.*?\}(?=,|$)", "", hlo)
-    hlo = re.sub(r"(?s)FileNames.*?(?=\n\n%|\n\nENTRY)|StackFrames.*?(?=\n\n)", "", hlo)
-    order: dict[str, str] = {}
-    return [
-        re.sub(r"%[\w.\-]+", lambda m: order.setdefault(m.group(), f"%{len(order)}"), line.strip())
-        for line in hlo.splitlines()
-        if " = " in line
-    ]
 
 
 def test_hlo_equals_that_of_nnx_remat_by_hand():

@@ -145,6 +145,14 @@ def test_wrap_linen(gpt, kind):
     assert_close(unfused(jax.grad(loss), params), unfused(jax.grad(wrapped), params), 1e-5)
 
 
+def test_a_wrapped_model_under_jit_says_nothing(gpt):
+    """Under jit the backward pass is traced after the model's call has ended: no reason to warn."""
+    model, params = gpt
+    wrapped = nj.ActivationOffloader(offload_threshold_mb=2 * KB).wrap(model)
+    assert "<host>" in str(jax.make_jaxpr(jax.jit(jax.grad(linen_loss(wrapped, TOKENS))))(params))
+    wrapped.apply(params, TOKENS)
+
+
 def test_wrap_and_policy_in_either_order(gpt):
     model, params = gpt
     offloader = nj.ActivationOffloader(offload_threshold_mb=0.0)

@@ -113,7 +113,7 @@ def _entering(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         with contextlib.ExitStack() as stack:
             if given.offloader is not None:
-                stack.enter_context(given.offloader.offload_context())
+                stack.enter_context(given.offloader.in_force())
             if given.policy is not None:
                 stack.enter_context(_opened(self, name, args, kwargs, given.policy))
             return method(self, *args, **kwargs)

@@ -157,7 +157,7 @@ def _enter(original: Callable[..., Any], self: nnx.Module, args: Any, kwargs: An
             stack.enter_context(_INSIDE(True))
             return _compat.lift_nnx(checkpointed(given.boundary), original, self, args, kwargs)
         if given.offloader is not None:
-            stack.enter_context(given.offloader.offload_context())
+            stack.enter_context(given.offloader.in_force())
         offloader = ambient.current()
         if offloader is None:
             return original(self, *args, **kwargs)

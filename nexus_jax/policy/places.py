@@ -45,7 +45,9 @@ def names_policy(policy: Policy) -> Callable[..., Any]:
     return jax.checkpoint_policies.save_only_these_names(SAVE)
 
 
-def with_names(fun: Callable[..., Any], args: Sequence[Any], is_weight: Sequence[bool], policy: Policy):
+def with_names(
+    fun: Callable[..., Any], args: Sequence[Any], is_weight: Sequence[bool], policy: Policy
+) -> Callable[..., Any]:
     """``fun`` with every value that ``policy`` keeps named.
 
     Args:

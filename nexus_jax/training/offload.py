@@ -147,16 +147,21 @@ class ActivationOffloader:
         Warns:
             OffloadWarning: nothing was offloaded, and why.
         """
-        active = self.enabled and self._host_memory()
-        with ambient.using(self if active else None):
-            if not active:
-                yield self
-                return
-            with adapters.linen.offloading():
-                yield self
+        with self.in_force() as active:
+            yield self
         seen = self._seen
-        if not seen.offloaded:
+        if active and not seen.offloaded:
             warnings.warn(self._nothing(seen), OffloadWarning, stacklevel=3)
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[bool]:
+        """Offload what is traced inside, without a word on leaving: what a wrapped model's every call enters.
+
+        Yields whether there is a host memory to offload to.
+        """
+        active = self.enabled and self._host_memory()
+        with ambient.using(self if active else None), adapters.linen.offloading():
+            yield active
 
     def _nothing(self, seen: _Seen) -> str:
         if seen.traced:

@@ -1,0 +1,56 @@
+"""How long tracing takes: the transformed model against the same boundaries written by hand, in turn, in one process.
+
+    python benchmarks/trace_time.py [--rounds 7]
+
+A ratio of medians; absolute times mean nothing on a shared machine. The 12-layer GPT of gpt_table.py, abstract
+arguments; the model has been initialised before, as in training.
+"""
+
+import argparse
+import statistics
+import time
+
+import gpt_table
+import jax
+from flax import nnx
+
+import nexus_jax as nj
+from nexus_jax import report
+
+
+def traced(loss, args):
+    start = time.perf_counter()
+    jax.jit(jax.value_and_grad(lambda *a: loss(*a))).trace(*args)  # a fresh function: no cache answers
+    return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    linen = gpt_table.models.GPT(**gpt_table.SIZE)
+    flax_nnx = nnx.eval_shape(lambda: gpt_table.models.NNXGPT(**gpt_table.SIZE, length=1024, rngs=nnx.Rngs(0)))
+    rows = []
+    for policy in ("all", "alternate", "heavy_ops"):
+        for name, ours, hand in (
+            (
+                "linen",
+                gpt_table.linen_program(nj.apply_selective_checkpointing(linen, policy)),
+                gpt_table.linen_program(gpt_table.linen_by_hand(policy)),
+            ),
+            (
+                "nnx",
+                gpt_table.nnx_program(nj.apply_selective_checkpointing(flax_nnx, policy)),
+                gpt_table.nnx_program(gpt_table.nnx_by_hand(policy, flax_nnx)),
+            ),
+        ):
+            for program in (ours, hand):
+                traced(*program)
+            times = [(traced(*ours), traced(*hand)) for _ in range(rounds)]
+            ratio = statistics.median(a for a, _ in times) / statistics.median(b for _, b in times)
+            rows.append((name, policy, f"{ratio:.2f}"))
+    print(report.table("tracing, transformed / by hand", ("framework", "policy", "ratio"), rows))
+
+
+if __name__ == "__main__":
+    main()
