@@ -131,6 +131,13 @@ CASES = {
 }
 
 
+def gradients(model, *args, loss):
+    """Gradients of the parameters, compiled without fusion."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    fresh = lambda rest: jax.tree.map(lambda x: x, rest)  # Variables of the trace that merges them
+    return unfused(jax.grad(lambda p, rest: loss(nnx.merge(graphdef, p, fresh(rest)), *args)), params, rest)
+
+
 def loss_fn(model, x):
     return total(model(x))
 
@@ -309,8 +316,9 @@ def test_sharded_over_a_mesh():
 def test_bf16_with_f32_parameters():
     plain = NNXGPT(rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     ours = nj.apply_selective_checkpointing(plain, "all")
-    grads = [nnx.to_pure_dict(nnx.grad(lambda m: loss_of(m(TOKENS), TOKENS))(m)) for m in (plain, ours)]
-    assert_close(*grads, rtol=1e-2)
+    loss = lambda m: loss_of(m(TOKENS), TOKENS)
+    grads = [nnx.to_pure_dict(gradients(m, loss=loss)) for m in (plain, ours)]
+    assert_close(*grads, rtol=3e-2)
     assert (
         nj.residuals(lambda m: loss_of(m(TOKENS), TOKENS), ours).nbytes
         < nj.residuals(lambda m: loss_of(m(TOKENS), TOKENS), plain).nbytes
@@ -348,7 +356,7 @@ def test_attention_from_flax_itself():
 
     plain = Model(nnx.Rngs(0))
     ours = nj.apply_selective_checkpointing(plain, "heavy_ops")
-    assert_close(*(nnx.to_pure_dict(nnx.grad(loss_fn)(m, X)) for m in (plain, ours)))
+    assert_close(*(nnx.to_pure_dict(gradients(m, X, loss=loss_fn)) for m in (plain, ours)))
     assert nj.residuals(loss_fn, ours, X).nbytes < nj.residuals(loss_fn, plain, X).nbytes
 
 
