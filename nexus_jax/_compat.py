@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.core.lift
@@ -15,10 +15,14 @@ import flax.linen.module as linen_module
 import flax.linen.transforms as linen_transforms
 import jax
 import jax.ad_checkpoint
+import numpy as np
 from flax import nnx
 from flax.nnx import extract, graphlib
 from flax.nnx.transforms import general
 from jax._src import source_info_util  # private: no public way from an equation to its line and scope
+from jax._src.interpreters import partial_eval
+from jax.extend import core as jex
+from jax.extend.core import primitives
 
 OFFLOADABLE = jax.ad_checkpoint.Offloadable(src="device", dst="pinned_host")
 
@@ -38,6 +42,32 @@ def output_aval(prim: Any, avals: tuple[Any, ...], params: dict[str, Any]) -> An
         return avals[0]
     out = prim.abstract_eval(*avals, **params)[0]
     return out[0] if isinstance(out, list | tuple) else out
+
+
+def without_constvars(jaxpr: Any) -> Any:
+    """The jaxpr with its constants as its first arguments."""
+    return partial_eval.convert_constvars_jaxpr(jaxpr)
+
+
+def bind_checkpoint(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], policy: Callable[..., Any]) -> list[Any]:
+    """``jax.checkpoint`` of a program that is traced already: a second trace would double the time of the first.
+
+    Args:
+        jaxpr: without constants of its own; its first arguments are ``consts``.
+    """
+    params = _checkpoint_params(policy, getattr(jax.config, "jax_remat3", False))
+    if params is None:  # jax_remat3 has another primitive, and takes a function
+        run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
+        return jax.checkpoint(run, policy=policy)(*consts, *args)
+    return primitives.remat_p.bind(*consts, *args, **{**params, "jaxpr": jaxpr})
+
+
+@functools.lru_cache(maxsize=64)
+def _checkpoint_params(policy: Callable[..., Any], remat3: bool) -> dict[str, Any] | None:
+    """What ``jax.checkpoint`` gives its primitive beside the program, in this JAX and under its flags."""
+    del remat3  # part of the key
+    [eqn] = jax.make_jaxpr(jax.checkpoint(lambda x: x, policy=policy))(jax.ShapeDtypeStruct((), np.float32)).eqns
+    return eqn.params if eqn.primitive is primitives.remat_p else None
 
 
 # Equations that run a body once per call or step, with the body's outputs as theirs.

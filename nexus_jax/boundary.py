@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nexus_jax.policy.places import names_policy, with_names
+from nexus_jax.policy.places import checkpoint_by_name
 from nexus_jax.policy.rules import Policy
 
 
@@ -123,14 +123,6 @@ class _Body:
         self.fun, self.n_weights = fun, n_weights
         self.rebuild_weights, self.rebuild_rest = rebuild_weights, rebuild_rest
         self.rebuild_out: _Rebuild | None = None
-        self.named: dict[Any, Callable[..., Any]] = {}
-
-    def with_names(self, is_weight: list[bool], policy: Policy) -> Callable[..., Any]:
-        """The body with what the policy keeps named; one function for one policy, for JAX's cache."""
-        key = (policy, tuple(is_weight))
-        if key not in self.named:
-            self.named[key] = lambda *arrays: with_names(self, arrays, is_weight, policy)(*arrays)
-        return self.named[key]
 
     def __call__(self, *arrays: Any) -> list[Any]:
         n = self.n_weights
@@ -152,8 +144,7 @@ def checkpointed(policy: Policy) -> Callable[..., Any]:
         flat = _Flat(fun, weights, rest).shared()
         if policy.recomputes_everything:
             return flat.result(jax.checkpoint(flat.body)(*flat.arrays))
-        named = flat.body.with_names(flat.is_weight, policy)
-        return flat.result(jax.checkpoint(named, policy=names_policy(policy))(*flat.arrays))
+        return flat.result(checkpoint_by_name(flat.body, flat.arrays, flat.is_weight, policy))
 
     return run
 

@@ -7,6 +7,7 @@ parameters to the matmul; what they keep gets a ``checkpoint_name``, and ``jax.c
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,40 +34,54 @@ _BODIES = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_c
 
 
 def names_policy(policy: Policy) -> Callable[..., Any]:
-    """What ``jax.checkpoint`` is given beside a function rewritten by :func:`with_names`."""
+    """What ``jax.checkpoint`` is given beside a function rewritten by :func:`with_names`.
+
+    One object for one policy: JAX differentiates and transposes equal layers once, if their policy is the same object.
+    """
     if policy.offloads:
         _compat.require_offload_policies()
-        return jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[SAVE],
-            names_which_can_be_offloaded=[OFFLOAD],
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-    return jax.checkpoint_policies.save_only_these_names(SAVE)
+        return _OFFLOADING
+    return _SAVING
 
 
-def with_names(
+_SAVING = jax.checkpoint_policies.save_only_these_names(SAVE)
+_OFFLOADING = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[SAVE],
+    names_which_can_be_offloaded=[OFFLOAD],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
+
+
+def checkpoint_by_name(
     fun: Callable[..., Any], args: Sequence[Any], is_weight: Sequence[bool], policy: Policy
-) -> Callable[..., Any]:
-    """``fun`` with every value that ``policy`` keeps named.
+) -> list[Any]:
+    """``fun(*args)`` under ``jax.checkpoint``, where every value that ``policy`` keeps has a name.
 
     Args:
-        fun: a function of arrays that returns a flat list of arrays; it is traced once, here.
+        fun: a function of arrays that returns a flat list of arrays. JAX's cache answers where it has traced the
+            same function before, and then the named program is the same object too.
         args: its arguments, arrays.
         is_weight: for each argument, whether it is a parameter. With none, a weight matmul cannot be told by its
             data, and a matmul without batch dimensions (or a convolution) counts as one.
         policy: the residual rules.
-
-    Returns:
-        A function of the same arguments and results.
     """
     closed = jax.make_jaxpr(fun)(*args)
+    known = _named.setdefault(closed.jaxpr, {})
+    key = (tuple(is_weight), policy)
+    if key not in known:
+        known[key] = _with_names(closed.jaxpr, is_weight, policy)
+    return _compat.bind_checkpoint(known[key], closed.consts, args, names_policy(policy))
+
+
+_named: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _with_names(jaxpr: Any, is_weight: Sequence[bool], policy: Policy) -> Any:
     marker = _Marker(policy, known=any(is_weight))
-    n_consts = len(closed.jaxpr.constvars)
-    weights = dict(zip(closed.jaxpr.invars, is_weight, strict=True))
-    outputs_feed = [False] * len(closed.jaxpr.outvars)
-    named, _, _ = marker.rewrite(closed.jaxpr, [False] * n_consts, list(weights.values()), outputs_feed)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(named, closed.consts))
+    no_consts, no_outputs = [False] * len(jaxpr.constvars), [False] * len(jaxpr.outvars)
+    named, _, _ = marker.rewrite(jaxpr, no_consts, list(is_weight), no_outputs)
+    return _compat.without_constvars(named)
 
 
 class _Marker:
