@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from jax.extend import core as jex
 from nexus_jax import _compat, adapters
 from nexus_jax.boundary import is_floating, split
 from nexus_jax.policy.rules import nbytes
+from nexus_jax.scopes import module_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ def _maker(var: Any, made: dict[Any, Any], outer: str, line: str = "") -> tuple[
     while True:
         eqn = made.get(var)
         if eqn is None:
-            return "argument", _path(outer), line
+            return "argument", module_path(outer), line
         name = eqn.primitive.name
         scope = "/".join(x for x in (outer, _compat.scope_path(eqn)) if x)
         if name in _HANDED_ON and not isinstance(eqn.invars[eqn.outvars.index(var)], jex.Literal):
@@ -196,21 +196,4 @@ def _maker(var: Any, made: dict[Any, Any], outer: str, line: str = "") -> tuple[
                 if out in inner.invars and len(inner.invars) == len(eqn.invars):
                     var = eqn.invars[inner.invars.index(out)]
                     continue
-        return name, _path(scope), _compat.source_line(eqn) or line
-
-
-def _path(scope: str) -> str:
-    """A scope without the transformations, and without a module's name said twice (by a boundary around it)."""
-    while re.search(r"\w+\([^()]*\)", scope):
-        scope = re.sub(r"\w+\(([^()]*)\)", r"\1", scope)
-    parts: list[str] = []
-    for part in scope.split("/"):
-        # jnp.einsum opens a scope with its subscripts
-        if (
-            part
-            and "->" not in part
-            and part not in ("checkpoint", "rematted_computation", "closed_call")
-            and parts[-1:] != [part]
-        ):
-            parts.append(part)
-    return "/".join(parts)
+        return name, module_path(scope), _compat.source_line(eqn) or line

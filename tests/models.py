@@ -7,11 +7,11 @@ from flax import nnx
 
 
 def attend(q, k, v, dtype):
-    """Causal attention; scores and softmax in f32. Shapes: [batch, length, heads, head_dim]."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(q.shape[-1]).astype(dtype)
+    """Causal attention; scores and softmax in f32, as in `jax.nn.dot_product_attention`. [batch, length, heads, head_dim]."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     mask = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))
-    scores = jnp.where(mask, scores.astype(jnp.float32), -1e9)
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(dtype), v)
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30))
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(dtype), v)
 
 
 class Attention(nn.Module):
