@@ -1,13 +1,13 @@
 """The 12-layer GPT of docs/policies.md: what each policy keeps, recomputes, and takes on targets that nobody here owns.
 
-    python benchmarks/gpt_table.py [--targets v5e,h200] [--frameworks linen,nnx] [--out benchmarks/results/gpt.json]
+    python benchmarks/gpt_table.py [--targets v5e,h200] [--frameworks linen,nnx] [--out benchmarks/results]
 
 Beside each policy stands the same boundaries written by hand with nn.remat / nnx.remat. Nothing runs: arguments are
-abstract and the targets' compilers work without a device.
+abstract and the targets' compilers work without a device. `nexus-jax compare benchmarks/gpt_table.py:linen` shows any
+other policy or target.
 """
 
 import argparse
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -22,15 +22,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 import nexus_jax as nj
 from nexus_jax import report
-from nexus_jax.flops import count_matmuls, matmul_flops
-from nexus_jax.targets import compile_for, compiled_bytes
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import models
 
-SIZE = dict(layers=12, d=1024, heads=16, vocab=32768, dtype=jnp.bfloat16)
-TOKENS = jax.ShapeDtypeStruct((8, 1024), jnp.int32)
-POLICIES = ("none", "all", "alternate", "heavy_ops", "offload", "heavy_ops_offload")
+SIZE = dict(d=1024, heads=16, vocab=32768, dtype=jnp.bfloat16)
+POLICIES = ("none", "all", "alternate", "attention", "heavy_ops", "matmuls", "offload", "heavy_ops_offload")
+BY_HAND = ("all", "alternate", "heavy_ops")
 KEPT = jax.checkpoint_policies.save_only_these_names("q", "k", "v", "context")
 
 
@@ -66,105 +64,72 @@ class NNXHandBlock(models.NNXBlock):
     __call__ = nnx.remat(models.NNXBlock.__call__)
 
 
-def linen_by_hand(policy):
-    match policy:
+def _tokens(batch, length):
+    return jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+
+def linen_model(policy, layers, by_hand=False):
+    plain = models.GPT(**SIZE, layers=layers)
+    match policy if by_hand else None:
         case "all":
-            return models.GPT(**SIZE, block=nn.remat(models.Block, static_argnums=(2,)))
+            return models.GPT(**SIZE, layers=layers, block=nn.remat(models.Block, static_argnums=(2,)))
         case "alternate":
-            return HandAlternate(**SIZE)
+            return HandAlternate(**SIZE, layers=layers)
         case "heavy_ops":
-            return models.GPT(**SIZE, block=HandBlock)
+            return models.GPT(**SIZE, layers=layers, block=HandBlock)
+    return nj.apply_selective_checkpointing(plain, policy)
 
 
-def nnx_by_hand(policy, plain):
-    model = nnx.clone(plain)
-    for i, block in enumerate(model.blocks):
+def nnx_model(policy, layers, length, by_hand=False):
+    plain = nnx.eval_shape(lambda: models.NNXGPT(**SIZE, layers=layers, length=length, rngs=nnx.Rngs(0)))
+    if not by_hand:
+        return nj.apply_selective_checkpointing(plain, policy)
+    for i, block in enumerate(plain.blocks):
         if policy == "all" or (policy == "alternate" and i % 2 == 0):
             object.__setattr__(block, "__class__", NNXHandBlock)
         if policy == "heavy_ops":
             object.__setattr__(block.attn, "__class__", NNXNamedAttention)
-    return model
+    return plain
 
 
-def linen_program(model):
-    """The loss as a function of parameters and tokens, and abstract arguments."""
-    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
-    return (lambda p, t: models.loss_of(model.apply(p, t), t)), (params, TOKENS)
+def linen(policy="none", batch=8, length=1024, layers=12, by_hand=False):
+    """A workload for `nexus-jax`: the loss of the linen GPT, and its arguments as shapes."""
+    model, tokens = linen_model(policy, layers, by_hand), _tokens(batch, length)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    return (lambda p, t: models.loss_of(model.apply(p, t), t)), (params, tokens)
 
 
-def nnx_program(model):
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+def flax_nnx(policy="none", batch=8, length=1024, layers=12, by_hand=False):
+    """The same of the nnx GPT."""
+    graphdef, params, rest = nnx.split(nnx_model(policy, layers, length, by_hand), nnx.Param, ...)
 
     def loss(p, rest, tokens):
         # nnx.remat by hand refuses Variables from outside the trace of the gradient: give it new ones
         return models.loss_of(nnx.merge(graphdef, p, jax.tree.map(lambda x: x, rest))(tokens), tokens)
 
-    return loss, (params, rest, TOKENS)
+    return loss, (params, rest, _tokens(batch, length))
 
 
-def programs(framework):
-    """``(policy, "ours" or "by hand", loss, arguments)`` of every row."""
-    if framework == "linen":
-        plain = models.GPT(**SIZE)
-        for policy in POLICIES:
-            yield policy, "ours", *linen_program(nj.apply_selective_checkpointing(plain, policy))
-            if policy in ("all", "alternate", "heavy_ops"):
-                yield policy, "by hand", *linen_program(linen_by_hand(policy))
-    else:
-        make = lambda: models.NNXGPT(**SIZE, length=1024, rngs=nnx.Rngs(0))
-        plain = nnx.eval_shape(make)
-        for policy in POLICIES:
-            yield policy, "ours", *nnx_program(nj.apply_selective_checkpointing(plain, policy))
-            if policy in ("all", "alternate", "heavy_ops"):
-                yield policy, "by hand", *nnx_program(nnx_by_hand(policy, plain))
+FRAMEWORKS = {"linen": linen, "nnx": flax_nnx}
 
 
-@dataclasses.dataclass
-class Row:
-    framework: str
-    policy: str
-    written: str
-    residual_device: int
-    residual_host: int
-    flops: int
-    matmuls: int
-    temp: dict[str, int] = dataclasses.field(default_factory=dict)
-    host: dict[str, int] = dataclasses.field(default_factory=dict)
-
-
-def measure(framework, policy, written, loss, args, targets):
-    step = jax.value_and_grad(loss)
-    kept = nj.residuals(loss, *args)
-    row = Row(
-        framework,
-        policy,
-        written,
-        kept.device_bytes,
-        kept.host_bytes,
-        matmul_flops(step, *args),
-        count_matmuls(step, *args),
-    )
-    for target in targets:
-        found = compiled_bytes(compile_for(target, step, *args))
-        row.temp[target], row.host[target] = found.temp, found.host_temp
-    return row
-
-
-def table(rows, targets):
-    base = {r.framework: r for r in rows if r.policy == "none"}
+def table(framework, ours, hand, targets):
+    none = ours[0]
+    by_hand = {row.policy: row for row in hand}
     lines = []
-    for r in rows:
-        none = base[r.framework]
-        line = [r.framework, r.policy, r.written, report.size(r.residual_device), report.size(r.residual_host)]
-        line += [f"{r.matmuls - none.matmuls:+d}", f"{r.flops / none.flops:.3f}"]
+    for row in ours:
+        line = [row.policy, report.size(row.residual_device_bytes), report.size(row.residual_host_bytes)]
+        line.append(f"{row.flops / none.flops:.3f}")
         for t in targets:
-            below = 100 * (1 - r.temp[t] / none.temp[t])
-            line += [f"{r.temp[t] / 2**30:.2f} GiB", f"{below:.0f} %", report.size(r.host[t])]
+            m, theirs = row.measured[t], by_hand.get(row.policy)
+            below = 100 * (1 - m.temp_bytes / none.measured[t].temp_bytes)
+            more = "" if theirs is None else f"{m.temp_bytes - theirs.measured[t].temp_bytes:+d} B"
+            line += [f"{m.temp_bytes / 2**30:.2f} GiB", f"{below:.1f} %", report.size(m.host_bytes), more]
         lines.append(line)
-    columns = ["framework", "policy", "written", "residuals", "on the host", "matmuls", "FLOPs"]
+    columns = ["policy", "residuals", "on the host", "FLOPs"]
     for t in targets:
-        columns += [f"{t} temp", "below none", f"{t} host"]
-    return report.table("12-layer GPT, value_and_grad", columns, lines, width=200)
+        columns += [f"{t} temp", "below none", "host", "against by hand"]
+    return report.table(f"12-layer GPT in {framework}, value_and_grad", columns, lines, width=200)
 
 
 def main():
@@ -174,21 +139,17 @@ def main():
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
     targets = [t for t in args.targets.split(",") if t]
-    rows = []
     for framework in args.frameworks.split(","):
-        for program in programs(framework):
-            rows.append(measure(framework, *program, targets))
-            print(f"done: {framework} {rows[-1].policy} {rows[-1].written}", file=sys.stderr, flush=True)
-    print(table(rows, targets))
-    if args.out:
-        versions = {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax", "libtpu", "jax-cuda13-pjrt")}
-        document = {
-            "date": str(datetime.date.today()),
-            "versions": versions,
-            "rows": [dataclasses.asdict(r) for r in rows],
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
+        workload = FRAMEWORKS[framework]
+        ours = nj.compare(workload, POLICIES, targets=targets)
+        hand = nj.compare(lambda policy: workload(policy, by_hand=True), BY_HAND, targets=targets)
+        print(table(framework, ours, hand, targets), flush=True)
+        if args.out:
+            packages = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda13-pjrt")
+            versions = {n: importlib.metadata.version(n) for n in packages}
+            document = {"date": str(datetime.date.today()), "versions": versions}
+            document |= {"ours": ours.as_dict(), "by_hand": hand.as_dict()}
+            (args.out / f"gpt_{framework}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

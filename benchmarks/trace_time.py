@@ -12,9 +12,7 @@ import time
 
 import gpt_table
 import jax
-from flax import nnx
 
-import nexus_jax as nj
 from nexus_jax import report
 
 
@@ -28,22 +26,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    linen = gpt_table.models.GPT(**gpt_table.SIZE)
-    flax_nnx = nnx.eval_shape(lambda: gpt_table.models.NNXGPT(**gpt_table.SIZE, length=1024, rngs=nnx.Rngs(0)))
     rows = []
-    for policy in ("all", "alternate", "heavy_ops"):
-        for name, ours, hand in (
-            (
-                "linen",
-                gpt_table.linen_program(nj.apply_selective_checkpointing(linen, policy)),
-                gpt_table.linen_program(gpt_table.linen_by_hand(policy)),
-            ),
-            (
-                "nnx",
-                gpt_table.nnx_program(nj.apply_selective_checkpointing(flax_nnx, policy)),
-                gpt_table.nnx_program(gpt_table.nnx_by_hand(policy, flax_nnx)),
-            ),
-        ):
+    for policy in gpt_table.BY_HAND:
+        for name, workload in gpt_table.FRAMEWORKS.items():
+            ours, hand = workload(policy), workload(policy, by_hand=True)
             for program in (ours, hand):
                 traced(*program)
             times = [(traced(*ours), traced(*hand)) for _ in range(rounds)]

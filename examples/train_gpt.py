@@ -11,7 +11,7 @@ import hashlib
 import pathlib
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import common
 import flax.linen as nn
@@ -96,16 +96,35 @@ class Windows:
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def build(config: Config, held_out: np.ndarray) -> common.Trainee:
-    """The model of a configuration, under its policy, with a compiled step."""
+def transformed(config: Config) -> tuple[nn.Module, Callable[..., jax.Array]]:
+    """The model of a configuration under its policy, and its loss as a function of parameters and text."""
     plain = GPT(config.layers, config.d_model, config.heads)
     model = nexus_jax.apply_selective_checkpointing(plain, common.checkpointing(config))
-    tx = common.optimizer(config)
 
     def loss(params, text):
         tokens = text.astype(jnp.int32)
         logits = model.apply(params, tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    return model, loss
+
+
+def workload(policy="heavy_ops", batch=16, length=128, layers=4, d_model=128, heads=4):
+    """For ``nexus-jax``: the loss, and its arguments as shapes.
+
+    nexus-jax compare examples/train_gpt.py:workload --target v5e --set d_model=1024 --set layers=12
+    """
+    config = Config(policy=policy, batch=batch, length=length, layers=layers, d_model=d_model, heads=heads)
+    model, loss = transformed(config)
+    tokens = jax.ShapeDtypeStruct((config.batch, config.length), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(config.seed), tokens)
+    return loss, (params, jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.uint8))
+
+
+def build(config: Config, held_out: np.ndarray) -> common.Trainee:
+    """The model of a configuration, under its policy, with a compiled step."""
+    model, loss = transformed(config)
+    tx = common.optimizer(config)
 
     def train_step(state, text):
         params, opt_state = state

@@ -117,6 +117,15 @@ def correct(model: ViT, images: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(model(images).argmax(-1) == labels)
 
 
+def workload(policy="heavy_ops", batch=16, layers=4, d_model=128, heads=4):
+    """For ``nexus-jax``: the loss, and its arguments as shapes (the model among them)."""
+    config = Config(policy=policy, batch=batch, layers=layers, d_model=d_model, heads=heads)
+    plain = nnx.eval_shape(lambda: ViT(layers, d_model, heads, rngs=nnx.Rngs(0)))
+    model = nexus_jax.apply_selective_checkpointing(plain, common.checkpointing(config))
+    images = jax.ShapeDtypeStruct((batch, PIXELS, PIXELS), jnp.float32)
+    return loss_of, (model, images, jax.ShapeDtypeStruct((batch,), jnp.int32))
+
+
 def build(config: Config, test: Digits) -> common.Trainee:
     """The model of a configuration, under its policy, with a compiled step."""
     plain = ViT(config.layers, config.d_model, config.heads, rngs=nnx.Rngs(config.seed))

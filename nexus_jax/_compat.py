@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -219,40 +220,57 @@ def _lift_closed_over(run: Callable[..., Any], fun: Callable[..., Any], module: 
 # --- compilers without devices -----------------------------------------------------------------------------------
 
 
-def tpu_device(topology: str) -> Any:
-    """One device of a TPU topology, described by libtpu without a TPU."""
-    import os
+# What libtpu needs to be told where there is no TPU: else it asks the network, stalls, and takes a lock.
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
+
+def tpu_devices(topology: str) -> list[Any]:
+    """The devices of a TPU topology (``"v5e:2x2"``), described by libtpu without a TPU."""
     from jax.experimental import topologies
 
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }.items():
-        os.environ.setdefault(name, value)  # libtpu asks the network and takes a lock otherwise
-    if importlib.util.find_spec("libtpu") is None:
-        raise RuntimeError('no TPU compiler here: pip install "nexus-jax[tpu]".')
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    for name, value in TPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not has_compiler("tpu"):
+        raise RuntimeError(f"no TPU compiler here: {install_line('tpu')}.")
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
 
 
-@functools.cache
-def gpu_device(target_config: str) -> Any:
-    """One device of an NVIDIA GPU topology, described by the CUDA plugin without a GPU or a driver."""
+def gpu_devices(target_config: str, count: int = 1) -> list[Any]:
+    """The devices of one process with NVIDIA GPUs, described by the CUDA plugin without a GPU or a driver."""
     # JAX's own plugin discovery insists on a GPU's libraries.
     from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
-    found = importlib.util.find_spec("jax_plugins.xla_cuda13")
-    if found is None or not found.submodule_search_locations:
-        raise RuntimeError('no GPU compiler here: pip install "nexus-jax[gpu]".')
+    if not has_compiler("gpu"):
+        raise RuntimeError(f"no GPU compiler here: {install_line('gpu')}.")
+    found: Any = importlib.util.find_spec(_PLUGIN)
     [library] = pathlib.Path(next(iter(found.submodule_search_locations))).glob("xla_cuda_plugin.so")
     if not xla_client.pjrt_plugin_loaded("cuda"):
         xla_client.load_pjrt_plugin_dynamically("cuda", str(library))
     if not xla_client.pjrt_plugin_initialized("cuda"):
         xla_client.initialize_pjrt_plugin("cuda")
-    options = {"target_config": target_config, "topology": "1x1x1"}
+    options = {"target_config": target_config, "topology": f"1x1x{count}"}
     make = xla_client._xla.get_default_c_api_topology  # pyright: ignore[reportPrivateImportUsage]
-    topology = make("cuda", "1x1x1", options)
-    return topology._make_compile_only_devices()[0]
+    return list(make("cuda", f"1x1x{count}", options)._make_compile_only_devices())
+
+
+_PLUGIN = "jax_plugins.xla_cuda13"
+
+
+def has_compiler(kind: str) -> bool:
+    """Whether the compiler of a kind of device (``"tpu"``, ``"gpu"``) is installed."""
+    try:
+        found = importlib.util.find_spec("libtpu" if kind == "tpu" else _PLUGIN)
+    except ModuleNotFoundError:
+        return False
+    return found is not None and (kind == "tpu" or bool(found.submodule_search_locations))
+
+
+def install_line(kind: str) -> str:
+    """What to run where that compiler is missing."""
+    return f'pip install "nexus-jax[{kind}]"'

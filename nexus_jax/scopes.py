@@ -19,16 +19,24 @@ def module_path(scope: str) -> str:
     Example:
         >>> module_path("jit(step)/transpose(jvp(GPT))/blocks_0/checkpoint/blocks_0/attn")
         'GPT/blocks_0/attn'
+        >>> module_path("transpose(jvp(GPT))/h_0/attn/jvp(GPT)/h_0/attn/checkpoint/rematted_computation/attn/q")
+        'GPT/h_0/attn/q'
     """
     scope = _JITTED.sub("", scope)
     while _TRANSFORMED.search(scope):
         scope = _TRANSFORMED.sub(r"\1", scope)
-    parts: list[str] = []
-    for part in scope.split("/"):
-        # jnp.einsum opens a scope with its subscripts
-        if part and "->" not in part and part not in _OF_JAX and parts[-1:] != [part]:
-            parts.append(part)
-    return "/".join(parts)
+    # jnp.einsum opens a scope with its subscripts
+    parts = [part for part in scope.split("/") if part and "->" not in part and part not in _OF_JAX]
+    return "/".join(_said_once(parts))
+
+
+def _said_once(parts: list[str]) -> list[str]:
+    """Without a run that is said twice in a row: a boundary's name, or the whole path of what a gradient is of."""
+    for length in range(len(parts) // 2, 0, -1):
+        for start in range(len(parts) - 2 * length + 1):
+            if parts[start : start + length] == parts[start + length : start + 2 * length]:
+                return _said_once(parts[:start] + parts[start + length :])
+    return parts
 
 
 def phase(scope: str) -> Phase:

@@ -126,3 +126,35 @@ def test_nnx_module_from_outside_the_trace_is_not_written():
     x = jnp.ones((2, 4))
     saliency = [jax.jit(jax.grad(lambda x, m=m: m(x).sum()))(x) for m in (holder, ours)]
     assert jnp.allclose(*saliency, rtol=1e-6)
+
+
+def test_a_traced_program_is_checkpointed_as_a_function_is():
+    policy = jax.checkpoint_policies.save_only_these_names("kept")
+    weights = jnp.arange(6.0).reshape(2, 3)
+
+    def fun(x):
+        return [jnp.sin(jax.ad_checkpoint.checkpoint_name(jnp.sin(x) * weights, "kept"))]
+
+    x = jnp.ones((2, 3))
+    closed = jax.make_jaxpr(fun)(x)
+    jaxpr = _compat.without_constvars(closed.jaxpr)
+    ours = lambda x: _compat.bind_checkpoint(jaxpr, closed.consts, [x], policy)[0].sum()
+    plain = lambda x: jax.checkpoint(fun, policy=policy)(x)[0].sum()
+    assert len(closed.consts) == 1 and not jaxpr.constvars
+    assert str(jax.make_jaxpr(jax.grad(ours))(x)) == str(jax.make_jaxpr(jax.grad(plain))(x))
+    assert (jax.grad(ours)(x) == jax.grad(plain)(x)).all()
+    with_names = [r.shape for r in nj.residuals(ours, x)]
+    assert (2, 3) in with_names
+
+
+def test_a_traced_program_under_remat3():
+    if not hasattr(jax.config, "jax_remat3"):
+        pytest.skip("this jax has no jax_remat3")
+    policy = jax.checkpoint_policies.save_only_these_names("kept")
+    closed = jax.make_jaxpr(lambda x: [jnp.sin(jnp.sin(x))])(1.0)
+    jax.config.update("jax_remat3", True)
+    try:
+        value = jax.grad(lambda x: _compat.bind_checkpoint(closed.jaxpr, (), [x], policy)[0])(1.0)
+    finally:
+        jax.config.update("jax_remat3", False)
+    assert jnp.allclose(value, jnp.cos(jnp.sin(1.0)) * jnp.cos(1.0))

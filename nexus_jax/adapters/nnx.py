@@ -178,29 +178,43 @@ def call_function(run: Callable[..., Any], fun: Callable[..., Any], args: Any, k
     return run(lambda _, rest: fun(*rest[0], **rest[1]), (), (args, kwargs))
 
 
+def state_of(x: Any) -> tuple[Any, list[bool] | None]:
+    """An nnx module as its state, and for each array in it whether it is a parameter; anything else as it is."""
+    if not isinstance(x, nnx.Module):
+        return x, None
+    state = nnx.state(x)
+    kinds = {path: isinstance(v, nnx.Param) for path, v in nnx.iter_graph(x) if isinstance(v, nnx.Variable)}
+    pure = nnx.to_pure_dict(state)
+    leaves = jax.tree_util.tree_leaves_with_path(pure)
+    return pure, [kinds[tuple(k.key for k in path)] for path, _ in leaves]
+
+
+def opened_state(x: Any, state: Any) -> Any:
+    """The module ``x`` with another state, whose submodules open a named scope with their path; else ``state``."""
+    if not isinstance(x, nnx.Module):
+        return state
+    graph, own = nnx.split(x)
+    nnx.replace_by_pure_dict(own, state)
+    return _scoped(nnx.merge(graph, own))
+
+
+def changed_state(x: Any, model: Any) -> Any:
+    """What of a module's state a call may have changed: all but its parameters."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))) if isinstance(x, nnx.Module) else None
+
+
 def opened(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable[[Any], Any], Any]:
     """``fun(*args, **kwargs)`` as a function of one tree in which nnx modules are their state.
 
     The modules that ``fun`` then sees open a named scope with their path when they are called.
     """
-    is_module = lambda x: isinstance(x, nnx.Module)
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_module)
-    graphs = [nnx.split(x) if is_module(x) else None for x in leaves]
-    states = [x if g is None else nnx.to_pure_dict(g[1]) for x, g in zip(leaves, graphs, strict=True)]
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, nnx.Module))
 
     def call(states):
-        filled = []
-        for x, g in zip(states, graphs, strict=True):
-            if g is None:
-                filled.append(x)
-                continue
-            state = g[1]
-            nnx.replace_by_pure_dict(state, x)
-            filled.append(_scoped(nnx.merge(g[0], state)))
-        args, kwargs = treedef.unflatten(filled)
+        args, kwargs = treedef.unflatten([opened_state(x, state) for x, state in zip(leaves, states, strict=True)])
         return fun(*args, **kwargs)
 
-    return call, states
+    return call, [state_of(x)[0] for x in leaves]
 
 
 def _scoped(model: nnx.Module) -> nnx.Module:

@@ -46,7 +46,7 @@ def compile_for(target: str, fn: Callable[..., Any], *args: Any) -> Any:
     """
     if target not in KNOWN:
         raise ValueError(f"target={target!r} is unknown: write one of {', '.join(KNOWN)}.")
-    device = _compat.tpu_device("v5e:2x2") if target == "v5e" else _compat.gpu_device(_H200)
+    device = (_compat.tpu_devices("v5e:2x2") if target == "v5e" else _compat.gpu_devices(_H200))[0]
     place = SingleDeviceSharding(device)
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
     options: dict[str, str | bool] = {} if target == "v5e" else {"xla_gpu_autotune_level": "0"}

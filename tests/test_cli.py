@@ -1,0 +1,159 @@
+"""The command line: tables for people, JSON for machines, statuses for CI, and one line for whatever goes wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nexus_jax import cli
+
+WORK = """
+import flax.linen as nn, jax, jax.numpy as jnp
+import nexus_jax as nj
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(64)(nn.gelu(nn.Dense(256)(nn.LayerNorm()(x))))
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for i in range(3):
+            x = Block(name=f"blocks_{i}")(x)
+        return x
+
+
+def step(policy="none", batch=64, extra=False):
+    model = nj.apply_selective_checkpointing(Model(), policy)
+    x = jax.ShapeDtypeStruct((batch, 64), jnp.float32)
+    loss = lambda p, x: jnp.mean(model.apply(p, x) ** 2) + extra * jnp.mean(jnp.sin(model.apply(p, x)))
+    return loss, (jax.eval_shape(model.init, jax.random.key(0), x), x)
+
+
+def vector(policy="none"):
+    return (lambda w: w * 2), (jax.ShapeDtypeStruct((3,), jnp.float32),)
+
+
+def integers():
+    return (lambda n: jnp.sum(n * 1.0)), (jax.ShapeDtypeStruct((3,), jnp.int32),)
+
+
+def breaks():
+    return {}["key"]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEXUS_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work.py").write_text(WORK)
+
+
+def run(capsys, *argv):
+    status = cli.main(argv)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_compare_prints_a_table_and_writes_json(capsys, tmp_path):
+    status, out, err = run(capsys, "compare", "work.py:step", "--policy", "none", "--policy", "all", "--json", "a.json")
+    assert (status, err) == (0, "")
+    assert "local device" in out and "none" in out and "all" in out
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [r["policy"] for r in rows] == ["none", "all"]
+    assert rows[1]["residual_device_bytes"] < rows[0]["residual_device_bytes"]
+    assert rows[1]["flops"] > rows[0]["flops"]
+    status, out, _ = run(capsys, "compare", "work.py:step", "--policy", "all", "--json")
+    assert json.loads(out)["rows"][0]["measured"]["local"]["cached"] is True
+
+
+def test_statuses_for_ci(capsys):
+    assert run(capsys, "measure", "work.py:step", "--max-device-bytes", "1GiB")[0] == 0
+    status, _, err = run(capsys, "measure", "work.py:step", "--max-device-bytes", "10KiB")
+    assert status == cli.TOO_LARGE and "work.py:step on local" in err and "is more than 10.00 KiB" in err
+
+
+def test_diff_names_what_grew(capsys):
+    for name, extra in (("a.json", "False"), ("b.json", "True")):
+        assert run(capsys, "measure", "work.py:step", "--set", f"extra={extra}", "--json", name)[0] == 0
+    status, out, _ = run(capsys, "diff", "a.json", "b.json")
+    assert status == 0 and "of residuals in" in out and "blocks[0..2]" in out and "% FLOPs" in out
+    assert run(capsys, "diff", "a.json", "b.json", "--max-growth", "0")[0] == cli.TOO_LARGE
+    assert run(capsys, "diff", "a.json", "a.json") == (0, "no change\n", "")
+
+
+def test_residuals(capsys):
+    status, out, _ = run(capsys, "residuals", "work.py:step", "--policy", "none", "--policy", "all")
+    assert status == 0 and "blocks[0..2]" in out
+    status, out, _ = run(capsys, "residuals", "work.py:step", "--json")
+    assert status == 0 and json.loads(out)
+
+
+def test_timeline_writes_a_picture_and_a_page(capsys, tmp_path):
+    status, out, err = run(capsys, "timeline", "work.py:step", "--policy", "none", "--policy", "all", "--out", "pictures")
+    assert status == 0, err
+    written = {p.suffix: p for p in (tmp_path / "pictures").iterdir()}
+    assert set(written) == {".png", ".svg", ".html"} and "blocks" in out
+    assert written[".png"].read_bytes()[:4] == b"\x89PNG" and "<html" in written[".html"].read_text()[:200].lower()
+
+
+def test_fit_finds_the_largest_batch(capsys):
+    status, out, err = run(capsys, "fit", "work.py:step", "--limit", "4MiB", "--json")
+    assert status == 0, err
+    [found] = json.loads(out)["fits"]
+    assert found["device_bytes"] <= 4 * 2**20 < found["next_bytes"] and found["compiles"] <= 8
+    status, out, _ = run(capsys, "fit", "work.py:step", "--limit", "1KiB", "--json")
+    assert json.loads(out)["fits"][0]["largest"] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("measure", "work.py:gone"), "work.py has no 'gone'; its functions are step"),
+        (("measure", "gone.py:step"), "gone.py: no such file"),
+        (("measure", "work.py:vector"), r"must return a scalar loss of floating point, and returned float32[3]"),
+        (("measure", "work.py:integers"), "argument 0 holds an array of int32, which has no gradient"),
+        (("measure", "work.py:breaks"), "KeyError: 'key'"),
+        (("measure", "work.py:integers", "--policy", "all"), "takes no parameter 'policy'"),
+        (("measure", "work.py:step", "--target", "v9"), "v9"),
+        (("measure", "work.py:step", "--target", "v5e:2xx2"), "v5e:2xx2"),
+        (("compare", "work.py:step", "--policy", "nonsense"), "nonsense"),
+        (("fit", "work.py:step", "--vary", "length", "--limit", "1MB"), "takes no parameter 'length'"),
+        (("fit", "work.py:step"), "the memory of target='local' is not known: write limit_bytes="),
+        (("timeline", "work.py:step", "--target", "v5e", "--target", "h200"), "takes one --target"),
+        (("diff", "work.py", "work.py"), "work.py: not JSON"),
+        (("targets", "v9"), "v9"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(capsys, argv, message):
+    status, out, err = run(capsys, *argv)
+    assert status == cli.FAILED and out == ""
+    assert message in err and err.startswith("nexus-jax: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_bad_flags(capsys):
+    for argv, message in (
+        (("measure", "work.py:step", "--max-device-bytes", "much"), "'much' is no size: write 15GiB"),
+        (("measure", "work.py:step", "--set", "batch"), "'batch' is no setting: write name=value"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(argv)
+        assert message in capsys.readouterr().err
+
+
+def test_the_targets_are_listed(capsys):
+    status, out, _ = run(capsys, "targets")
+    assert status == 0 and all(name in out for name in ("v4", "v5e", "v5p", "v6e", "tpu7x", "h100", "h200", "b200"))
+    assert "https://" in run(capsys, "targets", "h200")[1]
+
+
+def test_it_runs_as_a_module_from_another_folder():
+    argv = [sys.executable, "-m", "nexus_jax.cli", "measure", "work.py:step", "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"][0]["measured"]["local"]["device_bytes"] > 0
