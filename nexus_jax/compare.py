@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -163,10 +164,13 @@ def _facts(program: Program, loss: Callable[..., Any], args: tuple[Any, ...]) ->
     if found is not None:
         return found
     kept = residuals(loss, *args)
+    by_name: Counter[str] = Counter()
+    for group in kept.groups():  # those of two source lines may have one name
+        by_name[_named(group)] += group.nbytes
     found = {
         "residual_device_bytes": kept.device_bytes,
         "residual_host_bytes": kept.host_bytes,
-        "residuals": {_named(group): group.nbytes for group in kept.groups()},
+        "residuals": dict(by_name),
         "flops": flops_of(program),
     }
     cache.put(key, found)

@@ -35,17 +35,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], wid
 
 
 def residuals_table(found: Any) -> str:
-    """Residuals grouped by what they are, with layers counted together."""
-    groups: dict[tuple, list[Any]] = {}
-    for r in found:
-        key = (re.sub(r"\d+", "*", r.path), r.op, r.shape, r.dtype, r.place, r.source)
-        groups.setdefault(key, []).append(r)
-    rows = [
-        (size(sum(r.nbytes for r in rs)), str(len(rs)), f"{dtype}{list(shape)}", place, path or "-", op, _short(source))
-        for (path, op, shape, dtype, place, source), rs in sorted(
-            groups.items(), key=lambda item: -sum(r.nbytes for r in item[1])
-        )
-    ]
+    """Residuals by layer family, largest first."""
+    rows = []
+    for group in found.groups():
+        r = group.each
+        kind = f"{r.dtype}{list(r.shape)}"
+        rows.append((size(group.nbytes), str(group.count), kind, r.place, group.pattern or "-", r.op, _short(r.source)))
     title = (
         f"residuals: {size(found.device_bytes)} on the device, {size(found.host_bytes)} on the host "
         f"({len(found.arguments)} arguments are kept anyway)"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.extend import core as jex
 
 from nexus_jax import _compat, adapters
 from nexus_jax.boundary import is_floating, split
+from nexus_jax.families import families
 from nexus_jax.policy.rules import nbytes
 from nexus_jax.scopes import module_path
 
@@ -36,6 +38,36 @@ class Residual:
     path: str
     op: str
     source: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Residuals of one layer family that are the same but for the layer: ``blocks[0..11]/attn``, 12 times.
+
+    Attributes:
+        pattern: the modules that made them, in one line.
+        members: the residuals, in the order of their layers.
+    """
+
+    pattern: str
+    members: tuple[Residual, ...]
+
+    @property
+    def each(self) -> Residual:
+        """The first of them; the others have its op, shape, dtype, place and source line."""
+        return self.members[0]
+
+    @property
+    def count(self) -> int:
+        return len(self.members)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(r.nbytes for r in self.members)
+
+    def as_dict(self) -> dict[str, Any]:
+        each = dataclasses.asdict(self.each)
+        return {**each, "path": self.pattern, "count": self.count, "nbytes": self.nbytes, "shape": list(each["shape"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +102,38 @@ class Residuals(Sequence[Residual]):
     def host_bytes(self) -> int:
         return sum(r.nbytes for r in self.kept if r.place == "host")
 
+    def groups(self) -> tuple[Group, ...]:
+        """The kept ones by layer family, largest first."""
+        return grouped(self.kept)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: sums, and the groups of what is kept and of the arguments that are kept anyway."""
+        return {
+            "nbytes": self.nbytes,
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
+            "kept": [group.as_dict() for group in self.groups()],
+            "arguments": [group.as_dict() for group in grouped(self.arguments)],
+        }
+
     def __str__(self) -> str:
         from nexus_jax import report
 
         return report.residuals_table(self)
+
+
+def grouped(found: Iterable[Residual]) -> tuple[Group, ...]:
+    """Residuals by layer family, largest first: alike in op, type, place and source line, and in path but for numbers."""
+    alike: dict[tuple[Any, ...], dict[str, list[Residual]]] = defaultdict(lambda: defaultdict(list))
+    for r in found:
+        alike[r.op, r.shape, r.dtype, r.place, r.source][r.path].append(r)
+    groups = []
+    for by_path in alike.values():
+        # A layer that keeps two of them is no sibling of one that keeps one.
+        for times in sorted({len(rs) for rs in by_path.values()}):
+            for name, paths in families(p for p, rs in by_path.items() if len(rs) == times).items():
+                groups.append(Group(pattern=name, members=tuple(r for p in paths for r in by_path[p])))
+    return tuple(sorted(groups, key=lambda group: -group.nbytes))
 
 
 def residuals(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Residuals:
