@@ -2,11 +2,12 @@
 
     python benchmarks/trace_time.py [--rounds 7]
 
-A ratio of medians; absolute times mean nothing on a shared machine. The 12-layer GPT of gpt_table.py, abstract
+A ratio of medians of the processor's time; absolute times mean nothing on a shared machine. The 12-layer GPT of gpt_table.py, abstract
 arguments; the model has been initialised before, as in training.
 """
 
 import argparse
+import gc
 import statistics
 import time
 
@@ -17,9 +18,10 @@ from nexus_jax import report
 
 
 def traced(loss, args):
-    start = time.perf_counter()
+    gc.collect()  # so that neither pays for the other's garbage
+    start = time.process_time()
     jax.jit(jax.value_and_grad(lambda *a: loss(*a))).trace(*args)  # a fresh function: no cache answers
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def main():

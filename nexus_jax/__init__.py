@@ -1,6 +1,12 @@
 """Save, recompute or offload: activation memory for Flax models, by policy and with proof."""
 
 from nexus_jax import checkpoint_policies as checkpoint_policies
+from nexus_jax.compare import Comparison as Comparison
+from nexus_jax.compare import compare as compare
+from nexus_jax.engaged import engaged as engaged
+from nexus_jax.fit import fit as fit
+from nexus_jax.measure import Measurement as Measurement
+from nexus_jax.measure import measure as measure
 from nexus_jax.policy import CheckpointRule as CheckpointRule
 from nexus_jax.policy import Policy as Policy
 from nexus_jax.policy import ResidualRule as ResidualRule
@@ -9,6 +15,8 @@ from nexus_jax.policy import load_policy as load_policy
 from nexus_jax.residuals import Residual as Residual
 from nexus_jax.residuals import Residuals as Residuals
 from nexus_jax.residuals import residuals as residuals
+from nexus_jax.targets.compiler import CompileError as CompileError
+from nexus_jax.targets.compiler import target_mesh as target_mesh
 from nexus_jax.training import ActivationOffloader as ActivationOffloader
 from nexus_jax.training import CheckpointPolicy as CheckpointPolicy
 from nexus_jax.training import SelectiveCheckpoint as SelectiveCheckpoint

@@ -7,6 +7,7 @@ parameters to the matmul; what they keep gets a ``checkpoint_name``, and ``jax.c
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -174,5 +175,18 @@ class _Marker:
 
 
 def _name_equation(source: Any, target: Any, name: str, like: Any) -> Any:
-    [template] = jax.make_jaxpr(lambda x: checkpoint_name(x, name))(jax.ShapeDtypeStruct((), jax.numpy.float32)).eqns
-    return template.replace(invars=[source], outvars=[target], source_info=like.source_info)
+    template = _template(name)
+    return like.replace(
+        primitive=template.primitive,
+        params=template.params,
+        effects=template.effects,
+        invars=[source],
+        outvars=[target],
+    )
+
+
+@functools.lru_cache
+def _template(name: str) -> Any:
+    """An equation that gives a value a name; traced once, since tracing it is most of what marking costs."""
+    [eqn] = jax.make_jaxpr(lambda x: checkpoint_name(x, name))(jax.ShapeDtypeStruct((), jax.numpy.float32)).eqns
+    return eqn
