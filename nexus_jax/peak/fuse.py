@@ -1,0 +1,157 @@
+"""Which values a compiled program writes to memory, and the kernels between them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from nexus_jax.peak.graph import Graph, Node, Value, root
+from nexus_jax.peak.rules import CONTRACTIONS, EXPENSIVE, FUSIBLE, LOOPS, REDUCTIONS, Backend
+
+_MANY = 8  # readers; more are as many
+_WIDE = 24  # sources of one fusion
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Kernel:
+    """One thing that the device runs: reads ``ins``, writes ``outs``, at ``position`` of the program."""
+
+    node: Node
+    ins: list[Value]
+    outs: list[Value]
+    position: float
+    fused: bool
+
+
+def kernels(graph: Graph, backend: Backend) -> list[Kernel]:
+    """The kernels of a program in JAX's order, each with what it reads from memory."""
+    return _Fusion(graph, backend).kernels()
+
+
+class _Fusion:
+    def __init__(self, graph: Graph, backend: Backend):
+        self.graph, self.backend = graph, backend
+        self.written: set[Value] = {v for v in graph.outputs if v is not None}
+        self.fixed: set[Value] = set()
+        for node in graph.nodes:
+            self._require(node)
+        if backend.fused_results:
+            self._sink()
+        for _ in range(2):
+            self._decide(self._readers())
+
+    def _require(self, node: Node) -> None:
+        """What is written whatever reads it: results that no fusion computes, operands that none can."""
+        fusible = self.fusible(node)
+        if not fusible or (self.backend.fused_softmax and _is_shift(node)):
+            self.written.update(node.outs)
+        if fusible or node.op in REDUCTIONS:
+            return
+        if node.op in CONTRACTIONS and self.backend.fused_operands:
+            return
+        self.written.update(node.ins)
+
+    def fusible(self, node: Node) -> bool:
+        """Whether a fusion may hold this operation."""
+        if node.op == "gather":
+            return self.backend.fused_gather
+        if node.op in ("scatter-add", "scatter_add", "scatter"):
+            return self.backend.one_hot_scatter and not node.params["dimension_numbers"].update_window_dims
+        return node.op in FUSIBLE
+
+    def _sink(self) -> None:
+        """A matmul whose result has one elementwise reader computes that on its way out."""
+        for node in self.graph.nodes:
+            if node.op not in CONTRACTIONS:
+                continue
+            [out] = node.outs
+            if len(out.users) == 1 and self.fusible(out.users[0]) and out not in self.graph.outputs:
+                user = out.users[0]
+                if len(user.outs) == 1 and self._small(user, out):
+                    self.written.discard(out)
+                    self.written.add(user.outs[0])
+
+    def _small(self, user: Node, out: Value) -> bool:
+        size = self.backend.size
+        return size(user.outs[0]) <= size(out) or user.outs[0] in self.graph.outputs
+
+    def _readers(self) -> dict[Value, frozenset]:
+        """The kernels that read each value, through fusions."""
+        found: dict[Value, frozenset] = {}
+        for node in reversed(self.graph.nodes):
+            for out in node.outs:
+                readers: set = set()
+                for user in out.users:
+                    if len(readers) >= _MANY:
+                        break
+                    fused = user.outs and all(o not in self.written for o in user.outs)
+                    readers |= found[user.outs[0]] if fused else {_identity(user)}
+                found[out] = frozenset(readers)
+        return found
+
+    def _decide(self, readers: dict[Value, frozenset]) -> None:
+        """Write a value when every reader's computing it anew would move more bytes than writing and reading it."""
+        self.sources: dict[Value, dict[Value, None]] = {}
+        size = self.backend.size
+        for node in self.graph.nodes:
+            if node.op == "barrier":
+                continue
+            sources = self._sources(node)
+            for out in node.outs:
+                if out in self.written:
+                    continue
+                count = len(readers[out])
+                moved = sum(size(v) for v in sources)
+                once = size(out)
+                again = (count - 1) * moved > (count + 1) * once
+                slow = self.backend.keeps_expensive and node.op in EXPENSIVE and count > 1
+                if (again or slow or len(sources) > _WIDE) and sources:
+                    self.written.add(out)
+                self.sources[out] = sources
+
+    def _sources(self, node: Node) -> dict[Value, None]:
+        found: dict[Value, None] = {}
+        for value in node.ins:
+            if value in self.written or value.node is None:
+                found[value] = None
+            else:
+                found.update(self.sources.get(value, {}))
+        return found
+
+    def kernels(self) -> list[Kernel]:
+        """The result."""
+        self.sources = {}
+        found = []
+        for node in self.graph.nodes:
+            sources = self._sources(node)
+            for out in node.outs:
+                self.sources[out] = sources
+            if any(out in self.written for out in node.outs) or not node.outs:
+                ins = list(dict.fromkeys(root(v) for v in sources))
+                found.append(Kernel(node, ins, list(node.outs), float(node.position), self.fusible(node)))
+        return found
+
+
+def _is_shift(node: Node) -> bool:
+    """``x - max(x)`` of a log-softmax: the GPU's softmax kernel ends there, and writes it."""
+    if node.op != "sub" or len(node.ins) != 2:
+        return False
+    x, other = node.ins
+    for _ in range(5):
+        maker = other.node
+        if maker is None or len(maker.ins) != 1:
+            return False
+        if maker.op == "reduce_max":
+            if maker.ins[0] is not x:
+                return False
+            exps = [u for u in node.outs[0].users if u.op == "exp"]
+            return not any(u.op == "div" for e in exps for u in e.outs[0].users)
+        other = maker.ins[0]
+    return False
+
+
+def _identity(node: Node) -> object:
+    """Reductions of one module over the same values are one kernel."""
+    return ("reduce", node.scope) if node.op in REDUCTIONS else node
+
+
+__all__ = ["LOOPS", "Kernel", "kernels"]

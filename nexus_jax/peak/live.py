@@ -1,0 +1,217 @@
+"""The order in which kernels run, and the bytes that are alive between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from nexus_jax.peak.fuse import Kernel, kernels
+from nexus_jax.peak.graph import Graph, Node, Value, root
+from nexus_jax.peak.rules import IN_PLACE, LOOPS, Backend
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Buffer:
+    """A temporary: alive from kernel ``born`` to kernel ``dies``, both included; ``uses`` are the kernels between."""
+
+    value: Value
+    size: int
+    born: int
+    dies: int
+    uses: list[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Life:
+    """What a program's temporaries take.
+
+    Attributes:
+        temp: bytes of device memory at the peak.
+        host: bytes of host memory at its own peak.
+        at_peak: the buffers alive at the peak, largest first; with what a loop's body takes inside, if it is a loop.
+        inner: of a loop that runs at the peak, its body's.
+    """
+
+    temp: int
+    host: int
+    at_peak: tuple[Buffer, ...]
+    inner: Life | None
+    node: Node | None
+
+
+def life(graph: Graph, backend: Backend, body: bool = False) -> Life:
+    """Simulate one run. In a loop's ``body``, results are temporaries too: the next step's arguments wait for them."""
+    found = kernels(graph, backend)
+    plain = _simulated(_ordered(found, graph), graph, backend, body)
+    if body:
+        return plain
+    late = _simulated(_deferred(_ordered(found, graph), graph), graph, backend, body)
+    return min(plain, late, key=lambda x: x.temp)
+
+
+def _simulated(order: list[Kernel], graph: Graph, backend: Backend, body: bool) -> Life:
+    inner = {i: _loop(k.node, backend) for i, k in enumerate(order) if k.node.op in LOOPS}
+    buffers = _buffers(order, graph, backend, body)
+    device = [b for b in buffers if not b.value.host]
+    outputs = {root(v) for v in graph.outputs if v is not None}
+    results = [] if body else [b for b in device if b.value in outputs]
+    temporaries = [b for b in device if b.value not in outputs or body]
+    if backend.outputs_reused:
+        temporaries = _without_reused(temporaries, results)
+    spans = [(b.born, b.dies, b.size) for b in temporaries]
+    if backend.fast_bytes:
+        spans = _outside_fast(temporaries, backend, len(order))
+    spans += [(i, i, x.temp) for i, x in inner.items()]
+    temp, when = _peak(spans, len(order))
+    if backend.fast_bytes and not body:
+        temp += _reported_twice(temp, spans, inner, order, backend)
+    host, _ = _peak(
+        [(b.born, b.dies, b.size) for b in buffers if b.value.host] + [(i, i, x.host) for i, x in inner.items()],
+        len(order),
+    )
+    alive = sorted((b for b in temporaries if b.born <= when <= b.dies), key=lambda b: -b.size)
+    node = order[when].node if order else None
+    return Life(temp=temp, host=host, at_peak=tuple(alive), inner=inner.get(when), node=node)
+
+
+def _loop(node: Node, backend: Backend) -> Life:
+    return max((life(body, backend, body=True) for body in node.bodies), key=lambda x: x.temp)
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def _ordered(found: list[Kernel], graph: Graph) -> list[Kernel]:
+    """JAX's order, but what only takes memory runs right before it is needed."""
+    outputs = {v for v in graph.outputs if v is not None}
+    readers: dict[Value, list[Kernel]] = {}
+    for kernel in found:
+        for value in kernel.ins:
+            readers.setdefault(value, []).append(kernel)
+    for kernel in reversed(found):
+        users = [k for out in kernel.outs for k in readers.get(root(out), ()) if k is not kernel]
+        if not users or not kernel.fused or any(out in outputs for out in kernel.outs):
+            continue
+        freed = sum(v.size for v in kernel.ins if not v.argument and len(readers[v]) == 1)
+        if sum(out.size for out in kernel.outs) > freed:
+            kernel.position = min(k.position for k in users) - 1e-3 / (1 + kernel.node.position)
+    return sorted(found, key=lambda k: k.position)
+
+
+def _deferred(order: list[Kernel], graph: Graph) -> list[Kernel]:
+    """The same, with what only small results need at the end: the loss itself may wait for the gradients."""
+    large = {root(v) for v in graph.outputs if v is not None and v.size > 4096}
+    needed: set[Value] = set(large)
+    early, late = [], []
+    for kernel in reversed(order):
+        if any(root(out) in needed for out in kernel.outs):
+            needed.update(kernel.ins)
+            early.append(kernel)
+        else:
+            late.append(kernel)
+    return early[::-1] + late[::-1]
+
+
+# --- lifetimes -------------------------------------------------------------------------------------------------------
+
+
+def _buffers(order: list[Kernel], graph: Graph, backend: Backend, body: bool) -> list[Buffer]:
+    found: dict[Value, Buffer] = {}
+    last = len(order)
+    for i, kernel in enumerate(order):
+        for value in kernel.ins:
+            if value in found:
+                found[value].dies = i
+                found[value].uses.append(i)
+        for out in kernel.outs:
+            if out.alias is None and not out.argument:
+                found[out] = Buffer(out, backend.size(out), i, i, [i])
+    for out in graph.outputs:
+        if out is not None and root(out) in found:
+            found[root(out)].dies = last
+    for i, kernel in enumerate(order):
+        _share(i, kernel, found, graph)
+    return [b for b in found.values() if b.dies >= b.born]
+
+
+def _share(i: int, kernel: Kernel, found: dict[Value, Buffer], graph: Graph) -> None:
+    """A fusion writes into an operand that nobody reads again, if it is as large; so do updates in place and loops."""
+    op = kernel.node.op
+    if not kernel.fused and op not in IN_PLACE and op not in LOOPS:
+        return
+    free = [found[v] for v in kernel.ins if v in found and found[v].dies == i and found[v].born < i]
+    for out in kernel.outs:
+        mine = found.get(out)
+        match = next((b for b in free if mine and b.size == mine.size and b.value.host == out.host), None)
+        if match is not None:
+            match.dies = i - 1
+            free.remove(match)
+
+
+def _peak(spans: list[tuple[int, int, int]], count: int) -> tuple[int, int]:
+    change = [0] * (count + 2)
+    for born, dies, size in spans:
+        change[born] += size
+        change[min(dies, count) + 1] -= size
+    best, when, now = 0, 0, 0
+    for i, step in enumerate(change[: count + 1]):
+        now += step
+        if now > best:
+            best, when = now, i
+    return best, min(when, max(count - 1, 0))
+
+
+# --- where else than in temporaries ----------------------------------------------------------------------------------
+
+
+def _without_reused(temporaries: list[Buffer], results: list[Buffer]) -> list[Buffer]:
+    """Largest first, a temporary goes into the smallest result's memory that fits and is free until it dies."""
+    slots = sorted(([r.size, r.born, []] for r in results), key=lambda s: s[0])
+    slots = [s for s in slots if s[0] >= 4096]
+    left = []
+    for buffer in sorted(temporaries, key=lambda b: -b.size):
+        for size, until, taken in slots:
+            if size >= buffer.size >= 4096 and buffer.dies < until:
+                if all(buffer.dies < a or b < buffer.born for a, b in taken):
+                    taken.append((buffer.born, buffer.dies))
+                    break
+        else:
+            left.append(buffer)
+    return left
+
+
+def _reported_twice(
+    temp: int, spans: list[tuple[int, int, int]], inner: dict[int, Life], order: list[Kernel], backend: Backend
+) -> int:
+    """libtpu adds what it calls fragmentation to its temporaries, which hold it already.
+
+    That is the holes left for the descriptors of copies to VMEM and back, and whatever a loop made and the program
+    holds after it: libtpu's count of what is alive forgets that.
+    """
+    holes = len(order) * backend.descriptor_bytes
+    short = [(a, a, s) if a in inner else (a, b, s) for a, b, s in spans]
+    counted, _ = _peak(short, len(order))
+    return 2 * holes + temp - counted
+
+
+def _outside_fast(buffers: list[Buffer], backend: Backend, count: int) -> list[tuple[int, int, int]]:
+    """The spans that stay in the device's memory: what is used again soon waits in the fast one, while it has room."""
+    used = [0] * (count + 2)
+    spans, soon = [], []
+    for buffer in buffers:
+        points = sorted({buffer.born, *buffer.uses, buffer.dies})
+        for a, b in zip(points, points[1:] or points, strict=False):
+            (soon if b - a <= _SOON else spans).append((a, b, buffer.size))
+    for a, b, size in sorted(soon, key=lambda s: (s[1] - s[0], s[2])):
+        if max(used[a : b + 1]) + size <= backend.fast_bytes:
+            for i in range(a, b + 1):
+                used[i] += size
+        else:
+            spans.append((a, b, size))
+    return spans
+
+
+_SOON = 4  # kernels
+
+__all__ = ["Buffer", "Callable", "Life", "life", "math"]

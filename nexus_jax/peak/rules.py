@@ -1,0 +1,107 @@
+"""What each compiler does with memory: the few rules in which they differ, with what they were seen in."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+from nexus_jax.peak.graph import Value
+
+MIB = 2**20
+
+# Nothing of these is kept unless something that cannot compute it needs it: they are fused into what reads them.
+FUSIBLE = set(
+    """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type broadcast_in_dim cbrt ceil clamp
+    concatenate convert_element_type copy cos cosh digamma div dynamic_slice eq erf erf_inv erfc exp exp2 expm1 floor
+    full ge gt imag integer_pow iota is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pad
+    population_count pow real reduce_precision rem rev round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh slice split sqrt square sub tan tanh transpose xor clz one_minus_square mul_add
+    reshape squeeze expand_dims stop_gradient random_bits random_fold_in random_seed random_split threefry2x32 broadcast
+    """.split()
+)
+# Their operands may be computed on the way in, their result is written.
+REDUCTIONS = {
+    f"reduce_{x}" for x in ("sum", "max", "min", "prod", "and", "or", "xor", "precision_sum")
+} | {"argmax", "argmin", "reduce"}
+CONTRACTIONS = {"dot_general", "conv_general_dilated"}
+# Too slow to do twice, says the GPU's cost model.
+EXPENSIVE = set("acos asin atan2 cos digamma erf erf_inv erfc lgamma pow sin tan tanh random_bits threefry2x32".split())
+# They write into their first operand where nothing else reads it.
+IN_PLACE = {"scatter", "scatter-add", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "dynamic_update_slice"}
+LOOPS = {"scan", "while", "cond"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backend:
+    """The rules of one compiler.
+
+    Attributes:
+        name: ``"tpu"`` or ``"gpu"``.
+        fused_operands: matmuls compute their operands on the way in; else these are written first.
+        fused_results: an elementwise operation on a matmul's result is done on the way out, when it is the only reader.
+        keeps_expensive: what is slow to compute is written where two kernels read it.
+        outputs_reused: the memory of a result serves for temporaries until the result is written.
+        fused_gather: a gather computes what it reads on the way; else its operand is written first.
+        one_hot_scatter: a scatter of scalars (the gradient of ``take_along_axis``) is a comparison with an iota.
+        fused_softmax: a softmax is one kernel with its maximum.
+        fast_bytes: memory beside the device's (VMEM) in which the compiler keeps what is used soon.
+    """
+
+    name: str
+    fused_operands: bool
+    fused_results: bool
+    keeps_expensive: bool
+    outputs_reused: bool
+    fused_gather: bool
+    one_hot_scatter: bool
+    fused_softmax: bool
+    fast_bytes: int
+    descriptor_bytes: int
+
+    def size(self, value: Value) -> int:
+        """Bytes of a value in this device's layout."""
+        return padded(value.shape, value.dtype) if self.name == "tpu" else -(-value.size // 256) * 256
+
+
+def padded(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes on a TPU: two dimensions, the compiler's choice, are cut into tiles of 8 x 128.
+
+    Example:
+        >>> import numpy as np
+        >>> padded((16, 197, 64), np.dtype("float32")) == 16 * 200 * 128 * 4, padded((), np.dtype("float32"))
+        (False, 512)
+    """
+    itemsize = getattr(dtype, "itemsize", 4)
+    count = math.prod(shape)
+    if len(shape) < 2 or count * itemsize <= 4096:
+        return -(-count * itemsize // 512) * 512
+    best = min(
+        (_up(shape[a], 128) * _up(shape[b], 8) / (shape[a] * shape[b]))
+        for a, b in itertools.permutations(range(len(shape)), 2)
+        if shape[a] and shape[b]
+    ) if count else 1
+    return int(round(count * best)) * itemsize
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+GPU = Backend(
+    name="gpu", fused_operands=False, fused_results=False, keeps_expensive=True, outputs_reused=True, fused_gather=True, one_hot_scatter=False, fused_softmax=True, fast_bytes=0, descriptor_bytes=0
+)
+TPU = Backend(
+    name="tpu",
+    fused_operands=True,
+    fused_results=True,
+    keeps_expensive=False,
+    outputs_reused=False,
+    fused_gather=False,
+    one_hot_scatter=True,
+    fused_softmax=False,
+    fast_bytes=112 * MIB,
+    descriptor_bytes=16 * 1024,
+)
