@@ -1,23 +1,25 @@
-"""FLOPs of one equation of a jaxpr, by a table that can be read.
+"""What one equation of a jaxpr computes and moves, by tables that can be read.
 
 ====================================  =================================================================================
 equations                             FLOPs
 ====================================  =================================================================================
-``dot_general``, ragged dots          2 per multiply-add (8 if complex); a ragged row meets one group's matrix
-``conv_general_dilated``              2 per multiply-add of an output element and a tap: taps in the padding count, as in
+``dot_general``, ragged dots          2 a multiply-add (8 if complex); a ragged row meets one group's matrix
+``conv_general_dilated``              2 a multiply-add of an output element and a tap. Taps in the padding count, as in
                                       every textbook formula; the zeros that ``lhs_dilation`` puts between elements do
-                                      not. So a strided convolution and its two gradients cost the same (up to the border)
-``fft``                               5 N log2 N a complex transform, half of that a real one (N over all its dimensions)
-elementwise, integers too             1 per output element; ``exp``, ``tanh``, ``div``, ``rsqrt`` ... also 1: devices differ
-                                      too much in them, and bytes bound them
-reductions, ``argmax``, cumulative    1 per input element
-``reduce_window``, pooling            1 per output element and window element; its gradient 1 per the same pairs
+                                      not. So a strided convolution and its two gradients cost the same, but for borders
+``fft``                               5 N log2 N a complex transform, half of it a real one; N over all its dimensions
+elementwise, integers too             1 per output element; ``exp tanh div rsqrt ...`` also 1: devices differ too much
+                                      in them, and nearly always their bytes take longer
+reductions, ``argmax``, cumulative    1 per input element; ``reduce`` with a function of its own, the function's each
+``reduce_window``, pooling            1 per output element and element of the window; the gradient 1 per the same pairs
 ``scatter-add`` and the like          1 per element of the updates
 ``sort``, ``top_k``                   n log2 n comparisons a row and key; n log2 k
-``cholesky lu qr triangular_solve``   n^3/3, mn^2 - n^3/3, 2mn^2 - 2n^3/3, n^2 a right-hand side (Golub and Van Loan,
-                                      Matrix Computations, 4th ed., algorithms 4.2.1, 3.2.1, 5.2.1, 3.1.1)
-Threefry random bits                  60 integer operations a 32-bit word (20 rounds of 5 and 5 key injections a pair)
-``psum`` and other summing            1 per element and participant; the network is not modelled
+``cholesky lu qr triangular_solve``   n^3/3, mn^2 - n^3/3, 4mn^2 - 4n^3/3 with Q formed, n^2 a right-hand side (Golub and
+                                      Van Loan, Matrix Computations, 4th ed., sections 4.2, 3.2, 5.2, 3.1)
+Threefry random bits                  60 integer operations a 32-bit word: for a pair of words 20 rounds of 5 and 5 key
+                                      injections (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011)
+``psum`` and other sums of devices    1 per element and device; the network is not modelled
+``pallas_call``                       what its ``cost_estimate`` says; unknown without one
 moving, converting, reshaping         0
 ====================================  =================================================================================
 
@@ -29,46 +31,81 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-MATMULS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
+from nexus_jax.policy.rules import nbytes
 
-# Another name for the same bytes: nothing is computed or moved.
-VIEWS = frozenset(
-    "reshape squeeze expand_dims transpose name copy copy_p stop_gradient optimization_barrier sharding_constraint "
-    "mesh_cast reshard pvary pcast layout_constraint bitcast_convert_type random_wrap random_unwrap axis_index "
-    "create_token after_all debug_callback debug_print empty empty2 device_put split".split()
+
+def _set(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+MATMULS = _set("dot_general conv_general_dilated ragged_dot ragged_dot_general")
+
+# Another name for the same bytes: nothing is computed or moved. A transpose is one too: compilers choose layouts.
+_VIEWS = _set(
+    "reshape squeeze expand_dims transpose name copy copy_p stop_gradient sharding_constraint mesh_cast reshard pvary "
+    "pcast layout_constraint bitcast_convert_type random_wrap random_unwrap device_put"
 )
 
-# One output element from one element of each input: what every compiler fuses.
-ELEMENTWISE = frozenset(
+# As a view, but the value is in memory on both sides.
+_BARRIERS = _set("optimization_barrier")
+
+# An output element from an element of each input, one operation: what every compiler fuses.
+_ELEMENTWISE = _set(
     "abs acos acosh add add_any add_jaxvals and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz "
     "complex conj cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac "
     "imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul ne neg nextafter not "
-    "one_minus_square or polygamma polynomial population_count pow real reduce_precision regularized_incomplete_beta rem "
-    "round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh "
-    "xor zeta".split()
+    "one_minus_square or polygamma polynomial population_count pow real regularized_incomplete_beta rem round rsqrt "
+    "select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta"
 )
 
-# Fused like the elementwise ones, and nothing is computed.
-MOVES = frozenset("broadcast_in_dim convert_element_type iota pad slice rev to_edtype from_edtype".split())
+# Fused like those, and nothing is computed.
+_MOVES = _set("broadcast_in_dim convert_element_type reduce_precision iota pad rev axis_index empty empty2")
 
-# Copies of their own.
-COPIES = frozenset(
-    "concatenate dynamic_slice dynamic_update_slice gather scatter all_gather all_gather_invariant all_gather_reduced "
-    "all_to_all ppermute pbroadcast ragged_all_to_all get swap".split()
+# Fused too: an element of the input that no output element is made of is not read.
+_SLICES = _set("slice dynamic_slice split")
+
+_COPIES = _set(
+    "concatenate dynamic_update_slice gather scatter all_gather all_gather_invariant all_gather_reduced all_to_all "
+    "ppermute pbroadcast ragged_all_to_all create_token after_all debug_callback debug_print"
 )
 
-REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin cumsum cumprod cummax "
-    "cummin cumlogsumexp".split()
-)
+_REDUCTIONS = _set("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin reduce")
 
-_SCATTERS = frozenset("scatter-add scatter-mul scatter-min scatter-max scatter_add scatter_mul scatter-sub".split())
-_SUMS = frozenset("psum psum2 psum_invariant pmax pmin reduce_scatter psum_scatter unreduced_psum".split())
+_CUMULATIVE = _set("cumsum cumprod cummax cummin cumlogsumexp")
+
+_SCATTERS = _set("scatter-add scatter-mul scatter-min scatter-max scatter_add scatter_mul scatter_min scatter_max")
+
+_SUMS_OF_DEVICES = _set("psum psum_invariant pmax pmin reduce_scatter unreduced_psum unreduced_reduce_scatter")
+
+# Their parameters hold the small function that they apply, not a body that they run.
+WITH_A_FUNCTION = _SCATTERS | _set("scatter reduce reduce_window select_and_scatter pallas_call")
+
+
+Kind = Literal["view", "barrier", "fused", "slice", "reduce", "kernel"]
+
+
+def kind_of(eqn: Any) -> Kind:
+    """What a compiler makes of an equation: see :mod:`nexus_jax.fusion`."""
+    name = eqn.primitive.name
+    if name in _VIEWS:
+        return "view"
+    if name in _ELEMENTWISE or name in _MOVES:
+        return "fused"
+    if name in _SLICES:
+        return "slice"
+    if name in _REDUCTIONS:
+        return "reduce"
+    if name in _BARRIERS:
+        return "barrier"
+    return "kernel"
+
+
+# --- FLOPs ---------------------------------------------------------------------------------------------------------
 
 
 def flops_of(eqn: Any) -> int | None:
@@ -83,17 +120,18 @@ def flops_of(eqn: Any) -> int | None:
     name = eqn.primitive.name
     if name in _TABLE:
         return _TABLE[name](eqn)
-    if name in VIEWS or name in MOVES or name in COPIES:
-        return 0
-    if name in ELEMENTWISE:
+    if name in _ELEMENTWISE:
         return size(eqn.outvars[0])
-    if name in REDUCTIONS:
+    if name in _REDUCTIONS or name in _CUMULATIVE:
         return size(eqn.invars[0])
     if name in _SCATTERS:
         return size(eqn.invars[2])
-    if name in _SUMS:
-        return sum(size(v) for v in eqn.invars)
-    return None
+    if name in _SUMS_OF_DEVICES:
+        return sum(map(size, eqn.invars))
+    return 0 if name in _NOTHING else None
+
+
+_NOTHING = _VIEWS | _BARRIERS | _MOVES | _SLICES | _COPIES
 
 
 def size(var: Any) -> int:
@@ -101,58 +139,43 @@ def size(var: Any) -> int:
     return math.prod(getattr(var.aval, "shape", (0,)))
 
 
-def nbytes(var: Any) -> int:
-    """Bytes of a value; 0 of what is no array."""
-    dtype = getattr(var.aval, "dtype", None)
-    if dtype is None:
-        return 0
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-        return size(var) * 8
-    try:
-        return math.ceil(size(var) * jax.dtypes.itemsize_bits(dtype) / 8)
-    except (TypeError, ValueError):
-        return size(var) * np.dtype(dtype).itemsize
-
-
 def _dot(eqn: Any) -> int:
     (contracting, _), _ = eqn.params["dimension_numbers"]
     inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracting)
-    return _per_madd(eqn) * size(eqn.outvars[0]) * inner
+    return _multiply_add(eqn) * size(eqn.outvars[0]) * inner
 
 
-def _per_madd(eqn: Any) -> int:
-    return 8 if jax.dtypes.issubdtype(eqn.outvars[0].aval.dtype, np.complexfloating) else 2
+def _multiply_add(eqn: Any) -> int:
+    return 8 if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating) else 2
 
 
 def _ragged_dot(eqn: Any) -> int:
-    dims = eqn.params["ragged_dot_dimension_numbers"]
-    (contracting, _), _ = dims.dot_dimension_numbers
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contracting, _), _ = numbers.dot_dimension_numbers
     inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracting)
-    groups = eqn.invars[2].aval.shape[-1]
-    # a ragged contraction is shared out among the groups that the output lists one by one
-    shared = groups if any(d in contracting for d in dims.lhs_ragged_dimensions) else 1
-    return _per_madd(eqn) * size(eqn.outvars[0]) * inner // max(shared, 1)
+    flops = _multiply_add(eqn) * size(eqn.outvars[0]) * inner
+    if set(numbers.lhs_ragged_dimensions) & set(contracting):  # the groups share it out: each output is of one of them
+        flops //= max(eqn.invars[2].aval.shape[-1], 1)
+    return flops
 
 
-def _conv(eqn: Any) -> int:
+def _convolution(eqn: Any) -> int:
     p = eqn.params
     numbers, kernel, out = p["dimension_numbers"], eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
     pairs = 1
     for i, (o, k) in enumerate(zip(numbers.out_spec[2:], numbers.rhs_spec[2:], strict=True)):
-        hole, stride, low = p["lhs_dilation"][i], p["window_strides"][i], p["padding"][i][0]
-        at = Counter(n * stride % hole for n in range(out[o]))
-        pairs *= sum(at[(low - n * p["rhs_dilation"][i]) % hole] for n in range(kernel[k]))
+        pitch, stride, low = p["lhs_dilation"][i], p["window_strides"][i], p["padding"][i][0]
+        at = Counter(n * stride % pitch for n in range(out[o]))
+        pairs *= sum(at[(low - n * p["rhs_dilation"][i]) % pitch] for n in range(kernel[k]))
     batch, features = out[numbers.out_spec[0]], out[numbers.out_spec[1]]
-    return _per_madd(eqn) * batch * features * kernel[numbers.rhs_spec[1]] * pairs
+    return _multiply_add(eqn) * batch * features * kernel[numbers.rhs_spec[1]] * pairs
 
 
 def _fft(eqn: Any) -> int:
     n = math.prod(eqn.params["fft_lengths"])
-    kind = str(eqn.params["fft_type"])
-    real = "RFFT" in kind.upper() or kind in ("2", "3")
-    whole = eqn.outvars[0] if kind.upper().endswith("IRFFT") or kind == "3" else eqn.invars[0]
-    transforms = size(whole) // n if n else 0
-    return round((2.5 if real else 5) * n * math.log2(n) * transforms) if n > 1 else 0
+    kind = eqn.params["fft_type"].name
+    transforms = size(eqn.outvars[0] if kind == "IRFFT" else eqn.invars[0]) // max(n, 1)
+    return round((2.5 if "RFFT" in kind else 5) * n * math.log2(max(n, 1)) * transforms)
 
 
 def _sort(eqn: Any) -> int:
@@ -168,17 +191,35 @@ def _log2(n: int) -> int:
     return math.ceil(math.log2(n)) if n > 1 else 0
 
 
-def _windowed(eqn: Any) -> int:
+def _pooling(eqn: Any) -> int:
     return size(eqn.outvars[0]) * math.prod(eqn.params["window_dimensions"])
 
 
-def _windowed_gradient(eqn: Any) -> int:
+def _pooling_gradient(eqn: Any) -> int:
     return size(eqn.invars[0]) * math.prod(eqn.params["window_dimensions"])
 
 
+def _reduce(eqn: Any) -> int | None:
+    each = _of_function(eqn)
+    return None if each is None else each * size(eqn.invars[0])
+
+
+def _reduce_window(eqn: Any) -> int | None:
+    each = _of_function(eqn)
+    return None if each is None else each * _pooling(eqn)
+
+
+def _of_function(eqn: Any) -> int | None:
+    """FLOPs of the function of a generic reduction."""
+    jaxpr = eqn.params["jaxpr"]
+    found = [flops_of(e) for e in getattr(jaxpr, "jaxpr", jaxpr).eqns]
+    return None if None in found else sum(f for f in found if f is not None)
+
+
 def _matrices(eqn: Any) -> tuple[int, int, int]:
+    """How many matrices, and the longer and the shorter of their sides."""
     *batch, m, n = eqn.invars[0].aval.shape
-    return math.prod(batch), m, n
+    return math.prod(batch), max(m, n), min(m, n)
 
 
 def _cholesky(eqn: Any) -> int:
@@ -188,14 +229,12 @@ def _cholesky(eqn: Any) -> int:
 
 def _lu(eqn: Any) -> int:
     batch, m, n = _matrices(eqn)
-    m, n = max(m, n), min(m, n)
     return batch * (m * n * n - n**3 // 3)
 
 
 def _qr(eqn: Any) -> int:
     batch, m, n = _matrices(eqn)
-    m, n = max(m, n), min(m, n)
-    return batch * (2 * m * n * n - 2 * n**3 // 3)
+    return batch * (4 * m * n * n - 4 * n**3 // 3)
 
 
 def _triangular_solve(eqn: Any) -> int:
@@ -203,28 +242,81 @@ def _triangular_solve(eqn: Any) -> int:
 
 
 def _random_bits(eqn: Any) -> int | None:
-    keys = [v.aval.dtype for v in eqn.invars if jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.prng_key)]
-    if not all("fry" in str(dtype) for dtype in keys):
+    """Two words a key, else as many as the output has; other generators than Threefry are the device's own."""
+    avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    keys = [a for a in avals if jnp.issubdtype(a.dtype, jax.dtypes.prng_key)]
+    if not keys or not all("fry" in str(a.dtype) for a in keys):
         return None
-    out = eqn.outvars[0]
-    return 60 * (2 * size(out) if keys and out.aval.dtype == keys[0] else math.ceil(nbytes(out) / 4))
+    return 60 * math.ceil(nbytes(eqn.outvars[0].aval) / 4)
 
 
 _TABLE: dict[str, Callable[[Any], int | None]] = {
     "dot_general": _dot,
-    "conv_general_dilated": _conv,
+    "conv_general_dilated": _convolution,
     "ragged_dot_general": _ragged_dot,
     "ragged_dot": _ragged_dot,
     "fft": _fft,
     "sort": _sort,
     "top_k": _top_k,
     "approx_top_k": _top_k,
-    **dict.fromkeys(("reduce_window_sum", "reduce_window_max", "reduce_window_min"), _windowed),
-    **dict.fromkeys(("select_and_scatter_add", "select_and_gather_add"), _windowed_gradient),
+    **dict.fromkeys(("reduce_window_sum", "reduce_window_max", "reduce_window_min"), _pooling),
+    **dict.fromkeys(("select_and_scatter_add", "select_and_gather_add"), _pooling_gradient),
+    "reduce": _reduce,
+    "reduce_window": _reduce_window,
     "cholesky": _cholesky,
     "lu": _lu,
-    "geqrf": _qr,
+    "qr": _qr,
     "triangular_solve": _triangular_solve,
-    "threefry2x32": lambda eqn: 60 * sum(size(v) for v in eqn.outvars),
+    "threefry2x32": lambda eqn: 60 * sum(map(size, eqn.outvars)),
     **dict.fromkeys(("random_bits", "random_seed", "random_fold_in", "random_split"), _random_bits),
+    "pallas_call": lambda eqn: getattr(eqn.params.get("cost_estimate"), "flops", None),
 }
+
+
+# --- bytes and precision -------------------------------------------------------------------------------------------
+
+
+def bytes_of(eqn: Any) -> tuple[int, int]:
+    """Bytes that an equation reads and writes as a kernel of its own. Updates are made in place.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x, i = jnp.ones((1000, 8)), jnp.array([3, 5])
+        >>> [bytes_of(eqn) for eqn in jax.make_jaxpr(lambda x: x @ x.T)(x).jaxpr.eqns][-1]
+        (64000, 4000000)
+    """
+    name = eqn.primitive.name
+    ins = [nbytes(v.aval) for v in eqn.invars]
+    out = sum(nbytes(v.aval) for v in eqn.outvars)
+    if name == "gather":
+        return out + ins[1], out
+    if name == "dynamic_update_slice":
+        return ins[1], ins[1]
+    if name == "scatter":
+        return ins[1] + ins[2], ins[2]
+    if name in _SCATTERS:
+        return ins[1] + 2 * ins[2], ins[2]
+    if name == "pallas_call" and eqn.params.get("cost_estimate") is not None:
+        moved = eqn.params["cost_estimate"].bytes_accessed
+        return (max(moved - out, 0), min(moved, out)) if moved else (sum(ins), out)
+    return sum(ins), out
+
+
+def dtype_of(eqn: Any) -> str:
+    """The widest type among what an equation takes; of what it makes, where it takes nothing."""
+    dtypes = [v.aval.dtype for v in eqn.invars or eqn.outvars if hasattr(v.aval, "dtype")]
+    return str(max(dtypes, key=lambda dtype: dtype.itemsize)) if dtypes else ""
+
+
+def passes_of(eqn: Any) -> int:
+    """How many bfloat16 (TF32 on a GPU) passes a float32 matmul takes by its precision: 1, ``HIGH`` 3, ``HIGHEST`` 6.
+
+    The numbers are those of https://docs.jax.dev/en/latest/jax.lax.html#jax.lax.Precision on a TPU.
+    """
+    precision = eqn.params.get("precision")
+    text = str(precision).upper()
+    if dtype_of(eqn) != "float32" or eqn.primitive.name not in MATMULS:
+        return 1
+    if "HIGHEST" in text or "_X6" in text or text.endswith("F32_F32_F32"):
+        return 6
+    return 3 if "HIGH" in text or "_X3" in text else 1

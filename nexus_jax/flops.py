@@ -1,78 +1,66 @@
-"""FLOPs and bytes of a program, counted on its jaxpr: per equation, with loops multiplied out."""
+"""FLOPs and bytes of a program, counted on its jaxpr: equation by equation, with loops multiplied out.
+
+What an equation costs is a table in :mod:`nexus_jax.costs`; which bytes go through memory, a model in
+:mod:`nexus_jax.fusion`. A scan's body counts once a step, a while loop's as often as its program says
+(:mod:`nexus_jax.loops`), a cond's by its branch with the most FLOPs, a ``shard_map``'s once a device: counts are those of
+all devices together. What no output needs is not counted.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
-from jax.extend import core as jex
 
-from nexus_jax import _compat, costs, scopes
-
-Phase = Literal["forward", "backward", "recompute", "transfer"]
-PHASES: tuple[Phase, ...] = ("forward", "backward", "recompute", "transfer")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Record:
-    """One equation, in one place of the program.
-
-    Attributes:
-        op: its primitive.
-        scope: its name scope, as JAX wrote it; ``path`` is the module in it.
-        phase: which part of a step it belongs to; ``transfer`` for copies to and from host memory.
-        dtype: of its operands, the widest.
-        flops, read, written: of one run; bytes of device memory.
-        times: how often a run of the program runs it.
-        known: whether the table of :mod:`nexus_jax.costs` knows its FLOPs.
-        place: where a transfer goes: ``"host"`` or ``"device"``; empty for the rest.
-    """
-
-    op: str
-    scope: str
-    phase: Phase
-    dtype: str
-    flops: int
-    read: int
-    written: int
-    times: int
-    known: bool = True
-    place: str = ""
-
-    @property
-    def path(self) -> str:
-        return _path(self.scope)
-
-
-_path = functools.lru_cache(maxsize=2**16)(scopes.module_path)
+from nexus_jax import costs, report
+from nexus_jax.records import PHASES as PHASES
+from nexus_jax.records import Phase as Phase
+from nexus_jax.records import Record as Record
+from nexus_jax.records import records_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """What a program computes and moves, equation by equation. Sums are over all its runs.
+    """What a program computes and moves. Prints as a table.
 
     Attributes:
-        records: one :class:`Record` an equation that costs anything.
-        unknown: equations whose FLOPs are not known, and how often they run; they count 0.
-        open_loops: while loops whose length is not in the program, by module path, and how often they start; their
-            bodies count once.
+        records: a :class:`Record` for each equation that costs anything, in program order.
     """
 
     records: tuple[Record, ...]
-    open_loops: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def flops(self) -> int:
+        """FLOPs of everything."""
         return sum(r.flops * r.times for r in self.records)
 
     @functools.cached_property
     def matmul_flops(self) -> int:
+        """FLOPs of the matmuls and convolutions."""
         return sum(r.flops * r.times for r in self.records if r.op in costs.MATMULS)
+
+    @functools.cached_property
+    def matmuls(self) -> int:
+        """How many matmuls and convolutions run."""
+        return sum(r.times for r in self.records if r.op in costs.MATMULS)
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes read from and written to device memory; transfers are not among them."""
+        return sum((r.read + r.written) * r.times for r in self.records if r.phase != "transfer")
+
+    @functools.cached_property
+    def transfer_bytes(self) -> dict[str, int]:
+        """Bytes moved to ``"host"`` and to ``"device"`` memory."""
+        found = {"host": 0, "device": 0}
+        for r in self.records:
+            if r.phase == "transfer":
+                found[r.place] += r.written * r.times
+        return found
 
     @functools.cached_property
     def by_phase(self) -> dict[Phase, int]:
@@ -84,37 +72,62 @@ class Count:
 
     @functools.cached_property
     def unknown(self) -> dict[str, int]:
+        """What is not known, and counts nothing, and how often it runs; ``while`` is a loop whose body counts once."""
         found: Counter[str] = Counter()
         for r in self.records:
             if not r.known:
                 found[r.op] += r.times
         return dict(found)
 
+    def __str__(self) -> str:
+        rows = []
+        for phase in PHASES:
+            own = [r for r in self.records if r.phase == phase]
+            matmul = sum(r.flops * r.times for r in own if r.op in costs.MATMULS)
+            read, written = sum(r.read * r.times for r in own), sum(r.written * r.times for r in own)
+            flops = (f"{self.by_phase[phase]:.4g}", f"{matmul:.4g}")
+            rows.append((phase, *flops, report.size(read), report.size(written)))
+        columns = ("phase", "FLOPs", "in matmuls", "bytes read", "bytes written")
+        return report.table(f"{self.flops:.4g} FLOPs", columns, rows) + self.warning()
+
+    def warning(self) -> str:
+        """A line that names what is not known; empty if all is known."""
+        if not self.unknown:
+            return ""
+        names = ", ".join(f"{op} (runs {n}x)" for op, n in sorted(self.unknown.items()))
+        loop = " A while loop whose length is not in the program counts one step." if "while" in self.unknown else ""
+        return f"\nnot counted, because their FLOPs are not known: {names}.{loop}"
+
 
 def count(fn: Callable[..., Any], *args: Any) -> Count:
-    """What ``fn(*args)`` computes. Nothing is run; arguments may be ``ShapeDtypeStruct``s.
+    """What ``fn(*args)`` computes and moves. Nothing is run.
+
+    Args:
+        fn: a function of pytrees of arrays and ``ShapeDtypeStruct``s.
+        *args: what to call it with.
+
+    Returns:
+        :class:`Count`, of all devices together.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
         >>> found = count(jax.grad(lambda a, b: jnp.sum(jnp.sin(a @ b.T))), x, x)
-        >>> found.matmul_flops, found.by_phase["backward"] > 2048
-        (4096, True)
+        >>> found.matmul_flops, found.matmuls, found.unknown
+        (4096, 2, {})
     """
     return count_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 def count_jaxpr(jaxpr: Any) -> Count:
     """As :func:`count`, of a program that is traced already."""
-    walk = _Walk()
-    return Count(tuple(walk.records(jaxpr)), dict(walk.open_loops))
+    return Count(records_of(jaxpr))
 
 
 def matmul_flops(fn: Callable[..., Any], *args: Any) -> int:
-    """FLOPs (two per multiply-add) of every ``dot_general`` and convolution of ``fn(*args)``.
+    """FLOPs (two per multiply-add) of every ``dot_general`` and convolution of ``fn(*args)``, loops multiplied out.
 
-    A scan's body counts once per step, a cond's by its largest branch, a while loop's by its length where the program
-    says it. Nothing is computed; arguments may be ``ShapeDtypeStruct``s.
+    Nothing is computed; arguments may be ``ShapeDtypeStruct``s.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -127,71 +140,4 @@ def matmul_flops(fn: Callable[..., Any], *args: Any) -> int:
 
 def count_matmuls(fn: Callable[..., Any], *args: Any) -> int:
     """How many times ``fn(*args)`` runs a ``dot_general`` or a convolution, loops multiplied out."""
-    return sum(r.times for r in count(fn, *args).records if r.op in costs.MATMULS)
-
-
-class _Walk:
-    """One count: each body is read once, however many equations call it."""
-
-    def __init__(self) -> None:
-        self.done: dict[int, list[Record]] = {}
-        self.kept: list[Any] = []
-        self.open_loops: Counter[str] = Counter()
-
-    def records(self, jaxpr: Any) -> list[Record]:
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        if id(jaxpr) not in self.done:
-            self.kept.append(jaxpr)
-            self.done[id(jaxpr)] = [r for eqn in jaxpr.eqns for r in self.equation(eqn)]
-        return self.done[id(jaxpr)]
-
-    def equation(self, eqn: Any) -> list[Record]:
-        name, p = eqn.primitive.name, eqn.params
-        bodies = [b for x in p.values() for b in _bodies(x)]
-        known, times = True, 1
-        if name == "pallas_call" or not bodies or name.startswith("scatter"):
-            return self.leaf(eqn)
-        if name == "scan":
-            times = p["length"]
-        elif name == "shard_map":
-            times = math.prod(p["mesh"].shape[a] for a in p["manual_axes"])
-        elif name == "cond":
-            bodies = [max(bodies, key=lambda b: sum(r.flops * r.times for r in self.records(b)))]
-        elif name == "custom_linear_solve":
-            bodies = [p["jaxprs"].solve]
-        return [_under(r, eqn, times) for b in bodies for r in self.records(b)] if known else []
-
-    def leaf(self, eqn: Any) -> list[Record]:
-        flops = costs.flops_of(eqn)
-        scope = _compat.scope_path(eqn)
-        read, written = sum(map(costs.nbytes, eqn.invars)), sum(map(costs.nbytes, eqn.outvars))
-        if flops == 0 and eqn.primitive.name in costs.VIEWS:
-            return []
-        dtypes = [v.aval.dtype for v in eqn.invars or eqn.outvars if hasattr(v.aval, "dtype")]
-        return [
-            Record(
-                op=eqn.primitive.name,
-                scope=scope,
-                phase=scopes.phase(scope),
-                dtype=str(max(dtypes, key=lambda d: d.itemsize)) if dtypes else "",
-                flops=flops or 0,
-                read=read,
-                written=written,
-                times=1,
-                known=flops is not None,
-            )
-        ]
-
-
-def _under(r: Record, eqn: Any, times: int) -> Record:
-    scope = _compat.scope_path(eqn)
-    scope = f"{scope}/{r.scope}" if scope and r.scope else scope or r.scope
-    return dataclasses.replace(r, scope=scope, phase=scopes.phase(scope), times=r.times * times)
-
-
-def _bodies(param: Any) -> list[Any]:
-    if isinstance(param, jex.Jaxpr | jex.ClosedJaxpr):
-        return [param]
-    if isinstance(param, tuple | list):
-        return [p for p in param if isinstance(p, jex.Jaxpr | jex.ClosedJaxpr)]
-    return []
+    return count(fn, *args).matmuls
