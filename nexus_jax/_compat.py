@@ -230,15 +230,22 @@ TPU_ENVIRONMENT = {
 }
 
 
-def tpu_devices(topology: str) -> list[Any]:
-    """The devices of a TPU topology (``"v5e:2x2"``), described by libtpu without a TPU."""
+def tpu_devices(topology: str, chip_config: str = "") -> list[Any]:
+    """The devices of a TPU topology (``"v5e:2x2"``), described by libtpu without a TPU.
+
+    Args:
+        chip_config: how libtpu shall use the cores of a chip (``"megacore"``), if not by its default.
+    """
     from jax.experimental import topologies
 
     for name, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not has_compiler("tpu"):
         raise RuntimeError(f"no TPU compiler here: {install_line('tpu')}.")
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    options: dict[str, Any] = {"chip_config_name": chip_config} if chip_config else {}
+    if set(topology.rpartition(":")[2].split("x")) == {"1"}:  # a host of one chip, where libtpu expects four
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
 
 
 def gpu_devices(target_config: str, count: int = 1) -> list[Any]:

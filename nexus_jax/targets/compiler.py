@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -81,7 +81,7 @@ class Target:
         """The target as the worker is told."""
         assert self.sheet is not None
         if self.sheet.kind == "tpu":
-            return {"kind": "tpu", "topology": self.topology}
+            return {"kind": "tpu", "topology": self.topology, "chip_config": self.sheet.chip_config}
         return {"kind": "gpu", "config": gpu_target_config(self.sheet), "count": self.devices}
 
 
@@ -96,19 +96,19 @@ def find_target(name: str | Target | None) -> Target:
     if name is None or name == "local":
         return Target(name="local", sheet=None)
     sheet, shape = parse_target(name)
-    count = math.prod(shape or (1,))
-    if sheet.kind == "tpu":
-        topology = (
-            f"{sheet.name}:{'x'.join(map(str, shape))}"
-            if shape
-            else f"{sheet.name}:{sheet.topology.rpartition(':')[2]}"
-        )
-        return Target(name=name, sheet=sheet, devices=count if shape else 1, topology=topology)
-    return Target(name=name, sheet=sheet, devices=count)
+    if sheet.kind == "gpu":
+        return Target(name=name, sheet=sheet, devices=math.prod(shape or (1,)))
+    if shape is None:
+        return Target(name=name, sheet=sheet, topology=sheet.topology)
+    topology = f"{sheet.name}:{'x'.join(map(str, shape))}"
+    return Target(name=name, sheet=sheet, devices=math.prod(shape) * sheet.devices_per_chip, topology=topology)
 
 
 def target_mesh(name: str, **axes: int) -> AbstractMesh:
     """A mesh over all devices of a target, to shard abstract arguments over; no device is needed.
+
+    Its axes are ``jax.sharding.AxisType.Auto``: XLA chooses the shardings in between. For a step that is written with
+    explicit shardings make the ``AbstractMesh`` of the step's own mesh.
 
     Args:
         name: a target of several devices, ``"v5p:4x4x4"``.
@@ -125,7 +125,8 @@ def target_mesh(name: str, **axes: int) -> AbstractMesh:
     axes = axes or {"data": devices}
     if math.prod(axes.values()) != devices:
         raise ValueError(f"target={name!r} has {devices} devices, and {axes} multiply to {math.prod(axes.values())}.")
-    return AbstractMesh(tuple(axes.values()), tuple(axes))
+    # without the types, their default depends on the version of JAX
+    return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,7 +300,7 @@ def _compile_in_worker(job: Job, program: bytes, folder: pathlib.Path, timeout: 
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "nexus_jax.targets.worker", str(folder)],
+            [sys.executable, "-m", "nexus_jax.targets", str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

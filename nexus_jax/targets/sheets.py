@@ -79,7 +79,7 @@ class Sheet:
         memory_bandwidth: of device memory, in bytes/s.
         host_to_device_bandwidth, device_to_host_bandwidth: of the link to the host, each way, in bytes/s.
         topology: TPU: libtpu's name of the smallest slice that it describes; it is compiled for one device of it.
-        largest: TPU: the largest slice, in chips, ``(16, 16)``; as many dimensions as its torus has.
+        max_chips: TPU: of the largest slice; ``max_side``: of its longest side, where that is limited too.
         devices_per_chip: TPU: how many devices JAX sees on one chip.
         chip_config: TPU: libtpu's configuration of a chip, where it is not its default.
         gpu: GPU: what XLA must know besides.
@@ -97,7 +97,8 @@ class Sheet:
     host_to_device_bandwidth: float
     device_to_host_bandwidth: float
     topology: str = ""
-    largest: tuple[int, ...] = ()
+    max_chips: int = 0
+    max_side: int = 0
     devices_per_chip: int = 1
     chip_config: str = ""
     gpu: Gpu | None = None
@@ -120,8 +121,7 @@ class Sheet:
         name, _, shape = self.topology.partition(":")
         if name != self.name or not re.fullmatch(r"\d+(x\d+)+", shape):
             raise ValueError(f'topology={self.topology!r}: write libtpu\'s name of a slice, "{self.name}:2x2".')
-        if len(self.largest) != shape.count("x") + 1:
-            raise ValueError(f"largest={self.largest!r} and topology={self.topology!r} differ in dimensions.")
+        _require_positive("max_chips", self.max_chips, True)
         _require_positive("devices_per_chip", self.devices_per_chip, True)
 
     def __str__(self) -> str:
@@ -172,7 +172,6 @@ def _sheet_of(name: str, data: dict[str, Any]) -> Sheet:
     if "gpu" in data:
         data["gpu"] = _made(Gpu, data["gpu"], "gpu.")
         data.setdefault("usable_bytes", int(GPU_FRACTION * data["gpu"].reported_bytes))
-    data["largest"] = tuple(data.get("largest", ()))
     data["estimated"] = tuple(data.get("estimated", ()))
     return _made(Sheet, data)
 
@@ -256,8 +255,7 @@ def _count(text: str, found: Sheet, rest: str) -> tuple[int]:
 
 
 def _slice(text: str, found: Sheet, rest: str) -> tuple[int, ...]:
-    dimensions = len(found.largest)
-    largest = "x".join(map(str, found.largest))
+    dimensions = found.topology.rpartition(":")[2].count("x") + 1
     example = f"{found.name}:{'x'.join('4' * dimensions)}"
     if not re.fullmatch(r"[1-9]\d{0,3}" + r"x[1-9]\d{0,3}" * (dimensions - 1), rest):
         raise ValueError(
@@ -265,11 +263,14 @@ def _slice(text: str, found: Sheet, rest: str) -> tuple[int, ...]:
             f"{example}."
         )
     shape = tuple(map(int, rest.split("x")))
-    if any(size > most for size, most in zip(sorted(shape), sorted(found.largest), strict=True)):
-        raise ValueError(f"target={text!r} is larger than the largest slice: write at most {found.name}:{largest}.")
+    if math.prod(shape) > found.max_chips or max(shape) > (found.max_side or found.max_chips):
+        side = f", {found.max_side} a side" * bool(found.max_side)
+        raise ValueError(
+            f"target={text!r} is too large: a slice has at most {found.max_chips} chips{side}. Try {example}."
+        )
     if math.prod(shape) > 1 and (shape[0] % 2 or shape[1] % 2):
         raise ValueError(
-            f"target={text!r}: a host holds 2x2 chips, so the first two numbers must be even: write {example}."
+            f"target={text!r}: a host holds 2x2 chips, so the first two numbers must be even. Write {example}."
         )
     return shape
 

@@ -1,4 +1,4 @@
-"""The process that compiles: ``python -m nexus_jax.targets.worker JOB``, started by :mod:`nexus_jax.targets.compiler`.
+"""The process that compiles: ``python -m nexus_jax.targets JOB``, started by :mod:`nexus_jax.targets.compiler`.
 
 No plugin, lock file or environment variable of a target's compiler reaches the user's process. A job is a folder:
 ``job.json`` and ``program`` (a serialised ``jax.export.Exported``) go in; ``result.json`` and the compiler's own texts
@@ -8,10 +8,8 @@ come out.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import re
-import sys
 import time
 from typing import Any
 
@@ -21,8 +19,13 @@ TEXTS = {
     "after_optimizations-live-range.txt": "live_range",
     "after_optimizations.txt": "hlo",
 }
-_WANTED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+# libtpu says the first before it assigns buffers, the second after.
+_WANTED = (
+    re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+    re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
+)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def main(folder: pathlib.Path) -> None:
@@ -40,13 +43,14 @@ def main(folder: pathlib.Path) -> None:
 def failure(error: Exception) -> dict[str, Any]:
     """What became of a program that does not compile: out of memory with the bytes wanted, or the message."""
     message = str(error)
-    found = _WANTED.search(message)
+    found = next(filter(None, (pattern.search(message) for pattern in _WANTED)), None)
     if found:
         wanted, unit, limit, limit_unit = found.groups()
+        most = int(float(limit) * _UNITS[limit_unit])
         return {
             "out_of_memory": {
-                "wanted": int(float(wanted) * _UNITS[unit]),
-                "limit": int(float(limit) * _UNITS[limit_unit]),
+                "wanted": max(int(float(wanted) * _UNITS[unit]), most + 1),  # equal where both are rounded
+                "limit": most,
                 "message": message.splitlines()[0],
             }
         }
@@ -90,7 +94,7 @@ def _devices(target: dict[str, Any]) -> list[Any]:
     from nexus_jax import _compat
 
     if target["kind"] == "tpu":
-        return _compat.tpu_devices(target["topology"])
+        return _compat.tpu_devices(target["topology"], target["chip_config"])
     return _compat.gpu_devices(target["config"], target["count"])
 
 
@@ -101,7 +105,8 @@ def _shardings(exported: Any, devices: list[Any], mesh: Any) -> list[Any]:
     if mesh is None:
         return [SingleDeviceSharding(devices[0])] * len(exported.in_avals)
     names, sizes = mesh
-    real = jax.make_mesh(sizes, names, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
+    types = next(s.mesh.axis_types for s in exported.in_shardings_jax(None) if s is not None and s.mesh.size > 1)
+    real = jax.make_mesh(sizes, names, devices=devices, axis_types=types)
     everywhere = NamedSharding(real, PartitionSpec())
     return [everywhere if s is None else s for s in exported.in_shardings_jax(real)]
 
@@ -113,8 +118,3 @@ def keep_texts(dump: pathlib.Path, folder: pathlib.Path) -> None:
             kept = folder / name
             if path.name.endswith(ending) and (not kept.exists() or kept.stat().st_size < path.stat().st_size):
                 path.replace(kept)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    main(pathlib.Path(sys.argv[1]))

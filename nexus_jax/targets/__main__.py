@@ -1,0 +1,8 @@
+"""``python -m nexus_jax.targets JOB``: see :mod:`nexus_jax.targets.worker`."""
+
+import pathlib
+import sys
+
+from nexus_jax.targets.worker import main
+
+main(pathlib.Path(sys.argv[1]))
