@@ -1,0 +1,1 @@
+"""The planner: a budget in bytes in, the fastest plan that fits out."""

@@ -1,0 +1,173 @@
+"""One boundary: the solver against every choice there is, and against what can be derived by hand."""
+
+import itertools
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nexus_jax.planner.graph import CannotRecompute, Choice, Graph, Op, price
+from nexus_jax.planner.solve import Model, SolverTimeout, frontier, optimum, trimmed
+
+
+@st.composite
+def graphs(draw, largest=7, transfers=False):
+    """Chains and graphs with shared values, equations of several results, values that nothing can keep or make again."""
+    n_inputs = draw(st.integers(1, 2))
+    count, ops = n_inputs, []
+    while count < draw(st.integers(n_inputs, n_inputs + largest)):
+        ins = draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=3, unique=True))
+        n_outs = draw(st.sampled_from([1, 1, 1, 2]))
+        pinned = draw(st.sampled_from([False] * 7 + [True]))
+        cost = draw(st.integers(0, 20))
+        ops.append(Op(ins=tuple(ins), outs=tuple(range(count, count + n_outs)), cost=cost, pinned=pinned))
+        count += n_outs
+    values = st.integers(0, count - 1)
+    return Graph(
+        sizes=tuple(draw(st.lists(st.integers(0, 12), min_size=count, max_size=count))),
+        ops=tuple(ops),
+        needed=draw(st.frozensets(values)),
+        free=draw(st.frozensets(st.integers(0, n_inputs - 1))),
+        keepable=frozenset(range(count)) - draw(st.frozensets(values, max_size=2)),
+        transfer=tuple(draw(st.lists(st.integers(0, 9), min_size=count, max_size=count))) if transfers else (),
+    )
+
+
+def choices(graph, offload):
+    """Every choice that is one, with its price."""
+    places = ("recompute", "save", "offload") if offload else ("recompute", "save")
+    values = sorted(graph.keepable)
+    for picked in itertools.product(places, repeat=len(values)):
+        where = {p: frozenset(v for v, q in zip(values, picked, strict=True) if q == p) for p in places}
+        choice = Choice(saved=where["save"], offloaded=where.get("offload", frozenset()))
+        try:
+            yield choice, price(graph, choice)
+        except CannotRecompute:
+            continue
+
+
+def best(graph, device, host, offload):
+    fitting = [p.ticks for _, p in choices(graph, offload) if p.device <= device and p.host <= host]
+    return min(fitting, default=None)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(graphs(), st.integers(0, 40))
+def test_the_optimum_is_that_of_all_choices(graph, device):
+    found = optimum(graph, device)
+    wanted = best(graph, device, 0, offload=False)
+    assert (None if found is None else price(graph, found).ticks) == wanted
+    if found is not None:
+        assert price(graph, found).device <= device
+
+
+@settings(max_examples=500, deadline=None)
+@given(graphs(largest=5, transfers=True), st.integers(0, 20), st.integers(1, 30))
+def test_the_optimum_with_a_host_is_that_of_all_choices(graph, device, host):
+    found = optimum(graph, device, host)
+    assert (None if found is None else price(graph, found).ticks) == best(graph, device, host, offload=True)
+    if found is not None:
+        assert price(graph, found).device <= device
+        assert price(graph, found).host <= host
+
+
+@settings(max_examples=300, deadline=None)
+@given(graphs())
+def test_the_frontier_is_that_of_all_choices(graph):
+    prices = {(p.device, p.ticks) for _, p in choices(graph, offload=False)}
+    undominated = {p for p in prices if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in prices)}
+    found = frontier(graph)
+    assert {(p.price.device, p.price.ticks) for p in found} == undominated
+    assert all(price(graph, p.choice) == p.price and p.floor == p.price.device for p in found)
+
+
+@settings(max_examples=200, deadline=None)
+@given(graphs(), st.integers(1, 4))
+def test_a_coarse_frontier_says_how_much_it_may_have_missed(graph, steps):
+    found = frontier(graph, steps=steps)
+    for _, paid in choices(graph, offload=False):
+        point = next((p for p in found if p.floor <= paid.device), None)
+        assert point is not None
+        assert point.price.ticks <= paid.ticks
+
+
+def chain(n, cost=1, size=1):
+    ops = tuple(Op(ins=(i,), outs=(i + 1,), cost=cost) for i in range(n))
+    values = frozenset(range(1, n + 1))
+    return Graph(sizes=(size,) * (n + 1), ops=ops, needed=values, free=frozenset({0}), keepable=values)
+
+
+@pytest.mark.parametrize("n", [1, 5, 12])
+@pytest.mark.parametrize("budget", [0, 1, 4, 12])
+def test_a_chain_of_equal_steps_costs_one_step_for_each_value_that_is_not_kept(n, budget):
+    # Every value is needed and each missing one takes exactly its own step: n - k, as in the unit chain of Checkmate
+    # (Jain et al. 2020, section 4) where all recomputation of a stage is kept until that stage is done.
+    found = optimum(chain(n), budget)
+    assert price(chain(n), found).ticks == n - min(budget, n)
+
+
+def test_of_two_equal_values_the_one_that_is_dear_to_make_is_kept():
+    ops = (Op(ins=(0,), outs=(1,), cost=9), Op(ins=(0,), outs=(2,), cost=1))
+    graph = Graph(sizes=(0, 8, 8), ops=ops, needed=frozenset({1, 2}), free=frozenset({0}), keepable=frozenset({1, 2}))
+    assert optimum(graph, 8) == Choice(saved=frozenset({1}))
+
+
+def test_what_is_derived_by_differentiation_is_made_again_from_what_is_kept():
+    ops = (Op(ins=(0,), outs=(1,), cost=9), Op(ins=(1,), outs=(2,), cost=0))
+    graph = Graph(sizes=(0, 4, 8), ops=ops, needed=frozenset({2}), free=frozenset({0}), keepable=frozenset({1}))
+    assert optimum(graph, 100) == Choice(saved=frozenset({1}))
+
+
+def test_what_is_pinned_is_kept_or_the_answer_is_none():
+    ops = (Op(ins=(0,), outs=(1,), cost=1, pinned=True),)
+    graph = Graph(sizes=(0, 4), ops=ops, needed=frozenset({1}), free=frozenset({0}), keepable=frozenset({1}))
+    assert optimum(graph, 4) == Choice(saved=frozenset({1}))
+    assert optimum(graph, 3) is None
+
+
+def test_large_numbers_are_priced_in_integers():
+    size, cost = 3 * 2**33 + 1, 10**14 + 1
+    graph = chain(6, cost=cost, size=size)
+    found = frontier(graph)
+    assert [(p.price.device, p.price.ticks) for p in found] == [((6 - k) * size, k * cost) for k in range(7)]
+
+
+def test_equal_questions_have_equal_answers():
+    graph = chain(9)
+    assert len({optimum(graph, 4) for _ in range(3)}) == 1
+
+
+def test_what_is_kept_in_vain_is_dropped():
+    graph = chain(2)
+    wasteful = dataclass_with_unused(graph)
+    assert trimmed(wasteful, Choice(saved=frozenset({1, 2, 3}))) == Choice(saved=frozenset({1, 2}))
+
+
+def dataclass_with_unused(graph):
+    op = Op(ins=(0,), outs=(3,), cost=1)
+    return Graph(
+        sizes=(*graph.sizes, 5),
+        ops=(*graph.ops, op),
+        needed=graph.needed,
+        free=graph.free,
+        keepable=graph.keepable | {3},
+    )
+
+
+def test_a_deadline_that_has_passed_is_an_error():
+    with pytest.raises(SolverTimeout, match="time is over"):
+        Model(chain(3)).solve(2, 0, time.monotonic() - 1)
+
+
+def test_wrong_graphs_and_choices_are_errors():
+    with pytest.raises(ValueError, match=r"cost=-1: write a whole number of ticks"):
+        Op(ins=(), outs=(0,), cost=-1)
+    with pytest.raises(ValueError, match=r"sizes=\(-1,\): write whole numbers of bytes"):
+        Graph(sizes=(-1,), ops=(), needed=frozenset())
+    with pytest.raises(ValueError, match="value 0 is made by two equations"):
+        Graph(sizes=(1,), ops=(Op(ins=(), outs=(0,), cost=1),) * 2, needed=frozenset())
+    with pytest.raises(ValueError, match="value 1 is both saved and offloaded"):
+        Choice(saved=frozenset({1}), offloaded=frozenset({1}))
+    with pytest.raises(ValueError, match="value 0 cannot be kept"):
+        price(chain(2), Choice(saved=frozenset({0})))
