@@ -1,0 +1,12 @@
+"""Memory over time: device bytes at every point of a compiled step, and what they are.
+
+``nexus_jax.measure(...).timeline()`` makes a :class:`Timeline`; :func:`table`, :func:`draw` and :func:`write_html` show it.
+"""
+
+from nexus_jax.timeline.account import Buffer as Buffer
+from nexus_jax.timeline.account import Group as Group
+from nexus_jax.timeline.account import Point as Point
+from nexus_jax.timeline.account import Sums as Sums
+from nexus_jax.timeline.account import Timeline as Timeline
+from nexus_jax.timeline.account import grouped as grouped
+from nexus_jax.timeline.account import parse as parse
