@@ -1,0 +1,212 @@
+"""Over boundaries, exactly: one option for each, so that the peak of the whole step is paid for with the least time.
+
+The backward pass runs the boundaries in reverse. While boundary i is differentiated, everything that boundaries 0..i
+keep is alive, and what boundary i makes again besides. So a step's peak is
+
+    max over i of (kept[0] + ... + kept[i] + working[i]),
+
+and read from the last boundary to the first it is a recursion that knows no budget:  peak' = kept + max(peak, working).
+One pass therefore gives the whole frontier of (peak, time), for every budget at once. What is kept early is alive for
+longest, so the recursion recomputes early and saves late by itself, and the last boundary, whose recomputation frees
+nothing, is left alone.
+
+The places where the program may be cut are the nodes of a graph, a boundary from one to a later one is an edge, and a
+plan is a path: how fine the boundaries are is chosen together with what they keep.
+
+Only labels that no other beats in both peak and time go on. Where there are more than ``limit``, some are dropped, which
+can only make the plan worse, and a second pass over labels that are too good by construction bounds how much.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way to run a boundary.
+
+    Attributes:
+        kept: bytes on the device from its forward to its backward.
+        working: bytes on the device while it is differentiated, beside what is kept.
+        ticks: what it costs in time.
+        floor: bytes down to which no option that was not asked for costs less (:class:`solve.Point`).
+        what: whatever the caller knows it by.
+    """
+
+    kept: int
+    working: int
+    ticks: int
+    floor: int
+    what: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Edge:
+    """A boundary from cut ``start`` to cut ``stop``, and its options."""
+
+    start: int
+    stop: int
+    options: tuple[Option, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """A plan: its peak and time as the model has them, and the chosen (edge, option) in program order."""
+
+    peak: int
+    ticks: int
+    steps: tuple[tuple[Edge, Option], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Labels:
+    """Undominated (peak, ticks) at one cut, peaks ascending; where each comes from."""
+
+    peaks: np.ndarray
+    ticks: np.ndarray
+    edge: np.ndarray
+    option: np.ndarray
+    before: np.ndarray
+
+
+class Frontier:
+    """Every undominated (peak, time) of a program, and the path of each.
+
+    Args:
+        cuts: how many places to cut there are; 0 is the start of the program, ``cuts - 1`` its end.
+        edges: the boundaries.
+        limit: labels that are kept at a cut.
+
+    Attributes:
+        exact: whether no label was dropped and every boundary's options were all there are: then ``gap`` is 0.
+
+    Raises:
+        ValueError: no path leads from the start to the end.
+
+    Example:
+        >>> layer = (Option(kept=8, working=0, ticks=0, floor=8), Option(kept=0, working=8, ticks=5, floor=0))
+        >>> found = Frontier(4, [Edge(i, i + 1, layer) for i in range(3)])
+        >>> [(p, t) for p, t in zip(found.peaks, found.ticks)]  # the last layer need never run again
+        [(8, 10), (16, 5), (24, 0)]
+        >>> [option.kept for _, option in found.within(16).steps]
+        [0, 8, 8]
+    """
+
+    def __init__(self, cuts: int, edges: Sequence[Edge], limit: int = 4096):
+        self.cuts, self.edges = cuts, tuple(edges)
+        self._labels, dropped = _pass(cuts, self.edges, limit, _thinned, [_arrays(e.options) for e in self.edges])
+        coarse = any(o.floor != o.kept for e in self.edges for o in e.options)
+        self.exact = not (dropped or coarse)
+        if self.exact:
+            self._bound = self._labels
+        else:
+            self._bound, _ = _pass(cuts, self.edges, limit, _relaxed, [_floors(e.options) for e in self.edges])
+        if not len(self._labels[0].peaks):
+            raise ValueError("no path of boundaries leads from the start of the program to its end.")
+
+    @property
+    def peaks(self) -> list[int]:
+        return self._labels[0].peaks.tolist()
+
+    @property
+    def ticks(self) -> list[int]:
+        return self._labels[0].ticks.tolist()
+
+    def within(self, budget: int) -> Path | None:
+        """The fastest path whose peak is at most ``budget`` bytes; None if there is none."""
+        at = int(np.searchsorted(self._labels[0].peaks, budget, side="right")) - 1
+        return None if at < 0 else self.path(at)
+
+    def bound(self, budget: int) -> int | None:
+        """Ticks that every path within ``budget`` costs at least; None if there is no such path."""
+        at = int(np.searchsorted(self._bound[0].peaks, budget, side="right")) - 1
+        return None if at < 0 else int(self._bound[0].ticks[at])
+
+    def path(self, at: int) -> Path:
+        """The path of point ``at`` of the frontier."""
+        peak, ticks = int(self._labels[0].peaks[at]), int(self._labels[0].ticks[at])
+        steps, cut = [], 0
+        while cut != self.cuts - 1:
+            labels = self._labels[cut]
+            edge = self.edges[labels.edge[at]]
+            steps.append((edge, edge.options[labels.option[at]]))
+            cut, at = edge.stop, int(labels.before[at])
+        return Path(peak, ticks, tuple(steps))
+
+
+def price_of(options: Sequence[Option]) -> tuple[int, int]:
+    """The peak and the ticks of options in program order, in integers, whoever chose them."""
+    kept, peak = 0, 0
+    for option in options:
+        kept += option.kept
+        peak = max(peak, kept + option.working)
+    return peak, sum(option.ticks for option in options)
+
+
+def _arrays(options: Sequence[Option]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return tuple(np.array([getattr(o, n) for o in options], np.int64) for n in ("kept", "working", "ticks"))  # type: ignore[return-value]
+
+
+def _floors(options: Sequence[Option]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same, each option as good as any that was not asked for could be."""
+    _, working, ticks = _arrays(options)
+    floor = np.array([o.floor for o in options], np.int64)
+    return floor, np.minimum.accumulate(working), ticks
+
+
+def _pass(cuts: int, edges: Sequence[Edge], limit: int, fewer: Any, arrays: list[Any]) -> tuple[list[_Labels], bool]:
+    """Labels at every cut, from the end of the program to its start."""
+    leaving: list[list[int]] = [[] for _ in range(cuts)]
+    for n, edge in enumerate(edges):
+        leaving[edge.start].append(n)
+    none = np.zeros(0, np.int64)
+    zero = np.zeros(1, np.int64)
+    labels = [_Labels(none, none, none, none, none) for _ in range(cuts)]
+    labels[cuts - 1] = _Labels(zero, zero, zero, zero, zero)
+    dropped = False
+    for cut in reversed(range(cuts - 1)):
+        found = [_extended(n, arrays[n], labels[edges[n].stop]) for n in leaving[cut]]
+        if found:
+            labels[cut] = _undominated(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        if len(labels[cut].peaks) > limit:
+            labels[cut] = fewer(labels[cut], limit)
+            dropped = True
+    return labels, dropped
+
+
+def _extended(n: int, arrays: Any, after: _Labels) -> tuple[np.ndarray, ...]:
+    """The labels at an edge's stop, extended by each of its options."""
+    kept, working, ticks = (a[:, None] for a in arrays)
+    peaks = kept + np.maximum(after.peaks[None], working)
+    total = ticks + after.ticks[None]
+    option, before = np.indices(peaks.shape)
+    return peaks.ravel(), total.ravel(), np.full(peaks.size, n), option.ravel(), before.ravel()
+
+
+def _undominated(peaks: np.ndarray, ticks: np.ndarray, *rest: np.ndarray) -> _Labels:
+    order = np.lexsort((ticks, peaks))
+    best = np.minimum.accumulate(ticks[order])
+    keep = order[np.concatenate([[True], best[1:] < best[:-1]])] if len(order) else order
+    return _Labels(peaks[keep], ticks[keep], *(column[keep] for column in rest))
+
+
+def _thinned(labels: _Labels, limit: int) -> _Labels:
+    """Some of the labels, evenly over the peaks; the first and the last among them."""
+    edges = np.linspace(labels.peaks[0], labels.peaks[-1], limit - 1)
+    at = np.unique(np.concatenate([np.searchsorted(labels.peaks, edges, side="right") - 1, [len(labels.peaks) - 1]]))
+    return _Labels(*(getattr(labels, f.name)[at] for f in dataclasses.fields(labels)))
+
+
+def _relaxed(labels: _Labels, limit: int) -> _Labels:
+    """Fewer labels, each at least as good as all those that it stands for."""
+    edges = np.linspace(labels.peaks[0], labels.peaks[-1], limit)
+    group = np.searchsorted(edges, labels.peaks, side="right") - 1
+    first = np.unique(group, return_index=True)[1]
+    last = np.append(first[1:], len(labels.peaks)) - 1
+    picked = _Labels(*(getattr(labels, f.name)[last] for f in dataclasses.fields(labels)))
+    return dataclasses.replace(picked, peaks=labels.peaks[first])
