@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from nexus_jax import report
 from nexus_jax.compare import name_of
 from nexus_jax.measure import Measurement, measurement
@@ -13,8 +15,6 @@ from nexus_jax.program import step_of
 from nexus_jax.roofline import step_time
 from nexus_jax.targets.compiler import TIMEOUT, Target, compile_all, find_target
 from nexus_jax.workload import Workload
-
-COMPILES = 12  # per policy: what bracketing and a secant need, twice over
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +105,9 @@ def fit(
 ) -> Fits:
     """The largest ``workload(policy=..., batch=n)`` whose compiled step fits, for each policy.
 
-    Device bytes grow nearly linearly with a batch, so a secant through two compiles lands close to the answer; the
-    answer itself is always two compiles: ``n`` fits, ``n + multiple`` does not.
+    Device bytes grow nearly as a line with a batch and as a parabola with a length, so a curve through two or three
+    compiles lands close to the answer (mostly five or six compiles in all); the answer itself is always two compiles:
+    ``n`` fits, ``n + multiple`` does not.
 
     Args:
         workload: returns ``(loss, arguments)``; takes ``policy`` and the parameter to vary.
@@ -128,6 +129,17 @@ def fit(
     fits = tuple(search.run(policy) for policy in policies)
     assert search.limit is not None
     return Fits(vary, where.name, search.limit, fits)
+
+
+def _root(at: Sequence[int], values: Sequence[int], low: int, high: int) -> int | None:
+    """Where a polynomial through these points crosses zero: a parabola between the bounds, else a line anywhere."""
+    unit = max(map(abs, values)) or 1
+    for n in range(len(at), 1, -1):
+        roots = np.roots(np.polyfit(at[:n], [v / unit for v in values[:n]], n - 1))
+        real = [r.real for r in roots if abs(r.imag) < 1e-9 and (n == 2 or low <= r.real < high)]
+        if real:
+            return int(min(max(min(real), low), high))
+    return None
 
 
 @dataclasses.dataclass
@@ -152,12 +164,15 @@ class _Search:
 
         low, high = 0, self.at_most // self.multiple + 1  # low fits, high does not; neither has been tried
         k = min(max(1, self._start() // self.multiple), high - 1)
+        run = 0  # compiles in a row that fitted (above 0) or did not (below)
         while high - low > 1:
             if fits(k):
-                low = k
+                low, run = k, max(run, 0) + 1
             else:
-                high = k
-            k = self._next(tried, low, high)
+                high, run = k, min(run, 0) - 1
+            # Stairs (tiles, padding) lead a curve to the same side again and again: reach further each time.
+            reach = (2 ** (abs(run) - 1) - 1) * (1 if run > 0 else -1)
+            k = min(max(self._next(tried, low, high) + reach, low + 1), high - 1)
         best = tried.get(low) or tried[min(tried)]
         return Fit(
             policy=name_of(policy),
@@ -175,20 +190,16 @@ class _Search:
         return default
 
     def _next(self, tried: dict[int, Measurement], low: int, high: int) -> int:
-        """Between ``low`` and ``high``: where a line through the two nearest compiles meets the limit."""
-        if high - low <= 1:
-            return low
-        near = sorted(tried, key=lambda k: (min(abs(k - low), abs(k - high)), k))[:2]
-        guess = 2 * low if len(near) < 2 and low else (low + high) // 2
-        if len(near) == 2:
-            a, b = sorted(near)
-            slope = (tried[b].device_bytes - tried[a].device_bytes) / (b - a)
-            if slope > 0:
-                guess = int(a + (self._limit(tried[a]) - tried[a].device_bytes) / slope)
-                guess = guess + 1 if guess == low else guess  # the line says low is the answer: try the next one
-        elif high <= max(tried):
-            guess = high // 2
-        return min(max(guess, low + 1), high - 1)
+        """Where a parabola (two compiles: a line) through the nearest compiles meets the limit, within the bounds.
+
+        Bytes grow with a batch as a line does, with a length as a parabola.
+        """
+        near = sorted(tried, key=lambda k: (min(abs(k - low), abs(k - high)), k))[:3]
+        over = [tried[k].device_bytes - self._limit(tried[k]) for k in near]
+        guess = _root(near, over, low, high)
+        if guess is None or high not in tried:  # far beyond what is known, a curve is no guide
+            guess = min(guess or high, 8 * low) if low else high // 8
+        return guess + 1 if guess == low else guess  # low is the answer, as it seems: the next one must not fit
 
     def _limit(self, m: Measurement) -> int:
         if self.limit is None:
