@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core as jex
 
-from nexus_jax import _compat, adapters
+from nexus_jax import adapters
 from nexus_jax.boundary import is_floating, split
-from nexus_jax.families import families
+from nexus_jax.dataflow import VIEWS, Flow, Node, before, origin
+from nexus_jax.families import families, pattern
 from nexus_jax.policy.rules import nbytes
+from nexus_jax.reasons import Kept, Reasons, Recompute, Use
 from nexus_jax.scopes import module_path
 
 
@@ -27,8 +29,11 @@ class Residual:
         shape, dtype: its type; of all steps together where a scan stacks it.
         place: ``"device"`` or ``"host"``.
         path: the module that made it, as ``"GPT/blocks_0/attn"``; for an argument, where it is in the arguments.
-        op: the primitive that made it; ``"argument"`` or ``"constant"`` for what was there before.
+        op: the primitive that made it; for what was there before ``"argument"`` or ``"constant"``, or
+            ``"transpose of argument"`` and the like.
         source: ``file.py:line (function)`` of the innermost frame outside JAX and Flax.
+        uses: what the backward pass does with it; empty where it is kept for nothing, and compilers drop it.
+        recompute: what making it again from the arguments and the other residuals would take; None for an argument.
     """
 
     nbytes: int
@@ -38,6 +43,20 @@ class Residual:
     path: str
     op: str
     source: str
+    uses: tuple[Use, ...] = ()
+    recompute: Recompute | None = None
+
+    @property
+    def why(self) -> str:
+        """Why it is kept, in words: ``"operand of dot_general in the backward of GPT/blocks_3/attn/q"``."""
+        return "; ".join(map(str, self.uses)) or "nothing reads it: compilers drop it"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        cost = None if self.recompute is None else {**dataclasses.asdict(self.recompute), "text": str(self.recompute)}
+        if cost is not None:
+            cost["matmuls"] = dict(self.recompute.matmuls)
+        return {**dataclasses.asdict(self), "shape": list(self.shape), "why": self.why, "recompute": cost}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +84,25 @@ class Group:
     def nbytes(self) -> int:
         return sum(r.nbytes for r in self.members)
 
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """What the backward pass does with them, with the modules of all layers as patterns."""
+        alike: dict[tuple[str, str], set[str]] = defaultdict(set)
+        for r in self.members:
+            for use in r.uses:
+                alike[use.role, use.op].add(use.path)
+        return tuple(Use(role=role, op=op, path=pattern(sorted(paths))) for (role, op), paths in alike.items())
+
     def as_dict(self) -> dict[str, Any]:
-        each = dataclasses.asdict(self.each)
-        return {**each, "path": self.pattern, "count": self.count, "nbytes": self.nbytes, "shape": list(each["shape"])}
+        """For JSON: the first of them, with ``path`` as the pattern and ``nbytes`` the sum; ``count`` says how many."""
+        return {
+            **self.each.as_dict(),
+            "path": self.pattern,
+            "count": self.count,
+            "nbytes": self.nbytes,
+            "uses": [dataclasses.asdict(use) for use in self.uses],
+            "why": "; ".join(map(str, self.uses)) or self.each.why,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +197,7 @@ def residuals(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Residuals:
     if not arrays:
         raise TypeError("residuals(fn, *args): no argument is an array or a jax.ShapeDtypeStruct.")
 
-    def backward(*arrays):
+    def step(*arrays):
         wrt = [i for i, x in enumerate(arrays) if is_floating(x)]
 
         def forward(*floats):
@@ -171,11 +206,22 @@ def residuals(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Residuals:
                 filled[i] = x
             return [x for x in split(fun(rebuild(filled)))[0] if is_floating(x)]
 
-        return jax.tree.leaves(jax.vjp(forward, *(arrays[i] for i in wrt))[1])
+        out, vjp = jax.vjp(forward, *(arrays[i] for i in wrt))
+        leaves, treedef = jax.tree.flatten(vjp)
 
-    return _read(jax.make_jaxpr(backward)(*arrays).jaxpr, _argument_names(inputs))
+        def backward(leaves, cotangents):
+            return treedef.unflatten(leaves)(cotangents)
+
+        # The backward pass is one equation then, and the residuals are its first operands.
+        backward.__name__ = _BACKWARD
+        return leaves, jax.jit(backward)(leaves, out)
+
+    with jax.disable_jit(False):
+        program = jax.make_jaxpr(step)(*arrays)
+    return _read(program.jaxpr, _argument_names(inputs))
 
 
+_BACKWARD = "nexus_jax_backward"
 _DATA = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 
 
@@ -185,41 +231,42 @@ def _argument_names(inputs: Any) -> list[str]:
 
 
 def _read(jaxpr: Any, names: list[str]) -> Residuals:
-    named = dict(zip(jaxpr.invars, names, strict=False))
-    made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
-    kept, arguments = [], []
-    for var in dict.fromkeys(v for v in jaxpr.outvars if not isinstance(v, jex.Literal)):
-        source = _before_views(var, made)
-        if source in made:
-            kept.append(_residual(var, made[var], *_maker(var, made, "")))
+    """The residuals of a program that returns them, and the results of the call that is its backward pass."""
+    at = max(i for i, eqn in enumerate(jaxpr.eqns) if eqn.params.get("name") == _BACKWARD)
+    call = jaxpr.eqns[at]
+    count = len(jaxpr.outvars) - len(call.outvars)
+    leaves = [x for x in jaxpr.outvars[:count] if not isinstance(x, jex.Literal)]
+    forward = Flow(jaxpr.replace(eqns=jaxpr.eqns[:at], outvars=leaves))
+    backward = Flow(call.params["jaxpr"].jaxpr)
+    reads: dict[Any, list[int]] = defaultdict(list)
+    for x, value in zip(call.invars[:count], backward.inputs, strict=False):
+        if not isinstance(x, jex.Literal):
+            reads[x].append(value)
+
+    avals, used = {}, defaultdict(set)
+    for x, value in zip(leaves, forward.outputs, strict=True):  # one value may be several leaves: counted once
+        avals[value] = x.aval
+        used[value].update(reads[x])
+    reason = Reasons(backward)
+    there = dict(zip(forward.inputs, names, strict=False))
+    apart = {value: known for value in avals if (known := _apart(forward, value, there))}
+    kept = Kept(forward, (value for value in avals if value not in apart))
+    found, arguments = [], []
+    for value, aval in avals.items():
+        uses = reason.uses(used[value])
+        if value in apart:
+            arguments.append(_residual(aval, forward, value, uses=uses, **apart[value]))
         else:
-            op = "argument" if source in named else "constant"
-            arguments.append(_residual(var, None, op, named.get(source, ""), ""))
-    return Residuals(*(tuple(sorted(x, key=lambda r: -r.nbytes)) for x in (kept, arguments)))
+            made = _made_by(origin(forward, value))
+            found.append(_residual(aval, forward, value, uses=uses, recompute=kept.recompute(value), **made))
+    return Residuals(*(tuple(sorted(x, key=lambda r: -r.nbytes)) for x in (found, arguments)))
 
 
-# The compiler keeps what these were made from instead; what they make is no memory of its own.
-_FREE = {"reshape", "squeeze", "expand_dims", "name", "copy_p"}
-
-
-def _before_views(var: Any, made: dict[Any, Any]) -> Any:
-    while var in made and made[var].primitive.name in _FREE and not isinstance(made[var].invars[0], jex.Literal):
-        var = made[var].invars[0]
-    return var
-
-
-def _residual(var: Any, eqn: Any, op: str, path: str, source: str) -> Residual:
-    aval = var.aval
-    on_host = aval.memory_space == jax.memory.Space.Host or (eqn is not None and _moves_to_host(eqn))
-    return Residual(
-        nbytes=nbytes(aval),
-        shape=tuple(aval.shape),
-        dtype=str(aval.dtype),
-        place="host" if on_host else "device",
-        path=path,
-        op=op,
-        source=source,
-    )
+def _residual(aval: Any, flow: Flow, value: int, **known: Any) -> Residual:
+    node = flow.maker[value][0] if value in flow.maker else None
+    on_host = aval.memory_space == jax.memory.Space.Host or (node is not None and _moves_to_host(node.eqn))
+    place = "host" if on_host else "device"
+    return Residual(nbytes=nbytes(aval), shape=tuple(aval.shape), dtype=str(aval.dtype), place=place, **known)
 
 
 def _moves_to_host(eqn: Any) -> bool:
@@ -228,32 +275,18 @@ def _moves_to_host(eqn: Any) -> bool:
     return eqn.primitive.name == "device_put" and any(k is not None and k.endswith("_host") for k in kinds)
 
 
-# Equations that only hand on or move a value: what made it is further up.
-_HANDED_ON = {"name", "device_put", "reduce_precision", "optimization_barrier", "copy", "copy_p"}
+def _made_by(node: Node | None) -> dict[str, str]:
+    if node is None:
+        return {"op": "argument", "path": "", "source": ""}
+    return {"op": node.op, "path": module_path(node.scope), "source": node.source}
 
 
-def _maker(var: Any, made: dict[Any, Any], outer: str, line: str = "") -> tuple[str, str, str]:
-    """``(op, module path, source line)`` of the equation that made a value, inside loops and jitted functions too."""
-    while True:
-        eqn = made.get(var)
-        if eqn is None:
-            return "argument", module_path(outer), line
-        name = eqn.primitive.name
-        scope = "/".join(x for x in (outer, _compat.scope_path(eqn)) if x)
-        if name in _HANDED_ON and not isinstance(eqn.invars[eqn.outvars.index(var)], jex.Literal):
-            nearer = eqn.invars[eqn.outvars.index(var)]
-            if nearer in made:
-                var = nearer
-                continue
-        body = next((p for p in eqn.params.values() if isinstance(p, jex.Jaxpr | jex.ClosedJaxpr)), None)
-        if body is not None and name in _compat.CALLS:
-            inner = getattr(body, "jaxpr", body)
-            out = inner.outvars[eqn.outvars.index(var)]
-            if not isinstance(out, jex.Literal) and len(inner.outvars) == len(eqn.outvars):
-                inside = {v: e for e in inner.eqns for v in e.outvars}
-                if out in inside:
-                    return _maker(out, inside, scope, _compat.source_line(eqn) or line)
-                if out in inner.invars and len(inner.invars) == len(eqn.invars):
-                    var = eqn.invars[inner.invars.index(out)]
-                    continue
-        return name, module_path(scope), _compat.source_line(eqn) or line
+def _apart(flow: Flow, value: int, arguments: Mapping[int, str]) -> dict[str, str] | None:
+    """What a value is called that was there before the forward pass, or is a view of that; None for one that is made."""
+    root = before(flow, value, VIEWS)
+    if root in flow.maker:
+        made = _made_by(origin(flow, value))
+        return {**made, "op": "constant"} if flow.is_constant(root) else None
+    kind = "argument" if root in arguments else "constant"
+    op = kind if root == value else f"{flow.maker[value][0].op} of {kind}"
+    return {"op": op, "path": arguments.get(root, ""), "source": ""}

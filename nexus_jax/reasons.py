@@ -1,0 +1,266 @@
+"""Why a residual is kept, and what it would take to make it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections import Counter
+from collections.abc import Iterable
+
+from nexus_jax import costs
+from nexus_jax.dataflow import SAME, VIEWS, Flow, Node, before
+from nexus_jax.scopes import module_path, phase
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class Use:
+    """One thing that the backward pass does with a residual.
+
+    Attributes:
+        role: what it is there: ``"operand"``, ``"factor"``, ``"mask"``, ``"indices"``, ``"key"``, ...; ``"input"`` of a
+            recomputation; ``"gradient"`` where it is handed out as it is.
+        op: the primitive that reads it, or ``"recomputation"``: then a boundary starts from it.
+        path: the module of which that is the backward pass, or the boundary.
+    """
+
+    role: str
+    op: str
+    path: str
+
+    def __str__(self) -> str:
+        if self.role == "gradient":
+            return "the gradient itself"
+        if self.op == "recomputation":
+            return f"input of the recomputation of {self.path or 'a function'}"
+        return f"{self.role} of {self.op} in the backward of {self.path or 'the function'}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """The equations that make a residual again from the arguments and the other residuals.
+
+    Attributes:
+        flops: of all of them, loops multiplied out.
+        matmuls: how often each matmul-like primitive runs, as ``(("dot_general", 1),)``; kernels that are not known too.
+        reductions: whether any of them reduces, sorts or scans: those start a kernel of their own.
+        random: whether random bits are drawn again.
+        free: nothing to compute: another residual, or an argument, holds the same numbers.
+    """
+
+    flops: int = 0
+    matmuls: tuple[tuple[str, int], ...] = ()
+    reductions: bool = False
+    random: bool = False
+    free: bool = False
+
+    def __str__(self) -> str:
+        if self.free:
+            return "nothing: a view"
+        kinds = [f"{n} {op}" for op, n in self.matmuls]
+        kinds += ["random bits"] * self.random
+        if self.reductions:
+            kinds.append("reductions")
+        return f"{' + '.join(kinds) or 'elementwise only'}, {_flop(self.flops)}"
+
+
+def _flop(n: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if n < 1000 or unit == "T":
+            return f"{n:.0f} {unit}FLOP" if n >= 100 or not unit else f"{n:.3g} {unit}FLOP"
+        n /= 1000
+    raise AssertionError
+
+
+# --- why -----------------------------------------------------------------------------------------------------------
+
+# A residual may pass through these on its way to the equation that needs it.
+_PASSED = VIEWS | {"convert_element_type", "reduce_precision", "device_put", "sharding_constraint", "pvary", "pcast"}
+
+
+class Reasons:
+    """The backward pass, asked what it does with a residual."""
+
+    def __init__(self, flow: Flow):
+        self.flow, self.live, self.outputs = flow, flow.live(), set(flow.outputs)
+
+    def uses(self, values: Iterable[int]) -> tuple[Use, ...]:
+        """The equations that read an input of the backward pass, past views and conversions; none that are for nothing."""
+        found: set[Use] = set()
+        pending = [(self.flow, value) for value in values]
+        seen = {value for _, value in pending}
+        while pending:
+            flow, value = pending.pop()
+            if value in self.outputs:
+                found.add(Use(role="gradient", op="", path=""))
+            for node, i in flow.readers.get(value, ()):
+                if node not in self.live:
+                    continue
+                further = _further(flow, node, i)
+                if not further:
+                    found.add(_use(node, i))
+                pending += [pair for pair in further if pair[1] not in seen]
+                seen.update(v for _, v in further)
+        return tuple(sorted(found))
+
+
+def _further(flow: Flow, node: Node, i: int) -> list[tuple[Flow, int]]:
+    """Where a value goes on to, from an equation that does not itself compute with it."""
+    if node.op in _PASSED:
+        return [(flow, node.outs[i if node.op == "optimization_barrier" else 0])]
+    if node.op == "scan":
+        return [(node.bodies[0], node.bodies[0].inputs[i])]
+    if node.op == "cond" and i:
+        return [(body, body.inputs[i - 1]) for body in node.bodies]
+    return []
+
+
+_ROLES = {"mul": "factor", "dot_general": "operand", "select_n": "case", "cond": "operand"}
+
+
+def _use(node: Node, i: int) -> Use:
+    if phase(node.scope) == "recompute":
+        boundary = node.scope.rpartition("rematted_computation")[0]
+        return Use(role="input", op="recomputation", path=module_path(boundary))
+    role = _ROLES.get(node.op, "operand")
+    if node.op.startswith("random_") or node.op == "threefry2x32":
+        role = "key"
+    elif node.op in ("select_n", "cond") and i == 0:
+        role = "mask" if node.op == "select_n" else "branch"
+    elif (node.op.startswith(("gather", "scatter")) and i == 1) or (node.op.startswith("dynamic_") and i):
+        role = "indices"
+    elif node.op == "div" and i == 1:
+        role = "divisor"
+    op = "select" if node.op == "select_n" else node.op
+    return Use(role=role, op=op, path=module_path(node.scope))
+
+
+# --- to recompute --------------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """What is there when the backward pass runs: residuals, by the value that they are forms of.
+
+    Args:
+        flow: the forward pass.
+        values: those that are kept.
+    """
+
+    def __init__(self, flow: Flow, values: Iterable[int]):
+        self.flow = flow
+        self.names = {value: _names(flow, value) for value in values}
+        self.times = Counter(name for names in self.names.values() for name in names)
+
+    def recompute(self, value: int) -> Recompute:
+        """What making one of them again from the others takes."""
+        own = Counter(self.names[value])
+        there = {name for name in self.times if self.times[name] > own[name]}
+        if self.names[value][0] in there:
+            return Recompute(free=True)
+        tally = _Tally()
+        _remake(self.flow, [value], there, tally, 1)
+        return tally.result()
+
+
+def _names(flow: Flow, value: int) -> list[int]:
+    """A value without its views; for what a scan stacks, the value in its body too."""
+    root = before(flow, value, SAME)
+    node, position = flow.maker.get(root, (None, 0))
+    if node is None or node.op != "scan" or position < node.carried:
+        return [root]
+    inner = node.bodies[0].outputs[position]
+    return [root, *([] if inner is None else _names(node.bodies[0], inner))]
+
+
+_RANDOM = {"random_bits", "threefry2x32", "rng_bit_generator", "random_gamma"}
+
+
+class _Tally:
+    """Counts what runs."""
+
+    def __init__(self):
+        self.flops, self.matmuls, self.reductions, self.random, self.nodes = 0, Counter[str](), False, False, 0
+
+    def add(self, node: Node, times: int) -> None:
+        kind = "kernel" if node.bodies else costs.kind_of(node.eqn)
+        flops = _flops(node)
+        self.flops += (flops or 0) * times * node.times
+        self.nodes += kind not in ("view", "barrier") and node.op not in VIEWS
+        if node.op in _RANDOM:
+            self.random = True
+        elif node.op in costs.MATMULS or flops is None or node.bodies:
+            self.matmuls[node.op] += times * node.times
+        elif kind == "reduce" or (kind == "kernel" and flops):
+            self.reductions = True
+
+    def merge(self, other: _Tally) -> None:
+        self.flops += other.flops
+        self.matmuls += other.matmuls
+        self.nodes += other.nodes
+        self.reductions |= other.reductions
+        self.random |= other.random
+
+    def result(self) -> Recompute:
+        matmuls = tuple(sorted(self.matmuls.items()))
+        return Recompute(
+            flops=self.flops,
+            matmuls=matmuls,
+            reductions=self.reductions,
+            random=self.random,
+            free=not self.nodes,
+        )
+
+
+def _flops(node: Node) -> int | None:
+    if not node.bodies:
+        return costs.flops_of(node.eqn)
+    from nexus_jax.flops import Count
+    from nexus_jax.records import records_of
+
+    return max(Count(records_of(body.jaxpr)).flops for body in node.bodies)
+
+
+def _remake(flow: Flow, wanted: Iterable[int], there: set[int], tally: _Tally, times: int) -> set[int]:
+    """Count what makes ``wanted`` again where ``there`` is there already; returns the inputs of ``flow`` that it takes."""
+    inputs: set[int] = set()
+    pending: dict[Node, set[int]] = {}
+    order: list[tuple[int, Node]] = []
+
+    def want(value: int | None) -> None:
+        if value is None or before(flow, value, SAME) in there:
+            return
+        if value not in flow.maker:
+            inputs.add(value)
+            return
+        node, position = flow.maker[value]
+        if node not in pending:  # readers come after what they read: all of a node's are seen when it is popped
+            pending[node] = set()
+            heapq.heappush(order, (-node.index, node))
+        pending[node].add(position)
+
+    for value in wanted:
+        want(value)
+    while order:
+        node = heapq.heappop(order)[-1]
+        if node.op == "scan":
+            for i in _remake_steps(node, pending[node], there, tally, times * node.times):
+                want(node.ins[i])
+            continue
+        tally.add(node, times)
+        for value in node.ins:
+            want(value)
+    return inputs
+
+
+def _remake_steps(node: Node, wanted: set[int], there: set[int], tally: _Tally, times: int) -> list[int]:
+    """As :func:`_remake` for a scan: every step again, with the carried values that a step takes from the one before."""
+    body, first = node.bodies[0], node.first_carried
+    while True:
+        steps = _Tally()
+        outs = [out for i in wanted if (out := body.outputs[i]) is not None]
+        inputs = _remake(body, outs, there, steps, times * node.eqn.params["length"])
+        taken = [i for i, value in enumerate(body.inputs) if value in inputs]
+        carried = {i - first for i in taken if first <= i < first + node.carried}
+        if carried <= wanted:
+            tally.merge(steps)
+            return taken
+        wanted = wanted | carried
