@@ -117,7 +117,9 @@ class _Marker:
             if body is not None:
                 _, outs, _ = self.rewrite(body.jaxpr, [False] * len(body.consts), flags, [False] * len(eqn.outvars))
                 if eqn.primitive.name == "scan":  # a carry changes from step to step: data
-                    carries = eqn.params["num_carry"]
+                    # by type, since the parameter's name changes with JAX: what is stacked has an axis more
+                    inner = (v.aval.ndim for v in body.jaxpr.outvars)
+                    carries = sum(n == v.aval.ndim for n, v in zip(inner, eqn.outvars, strict=True))
                     outs = [False] * carries + outs[carries:]
             else:
                 derived = any(flags) and all(
