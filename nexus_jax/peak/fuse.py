@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from nexus_jax.peak.graph import Graph, Node, Value, root
 from nexus_jax.peak.rules import CONTRACTIONS, EXPENSIVE, FUSIBLE, LOOPS, REDUCTIONS, Backend
@@ -22,14 +23,14 @@ class Kernel:
     fused: bool
 
 
-def kernels(graph: Graph, backend: Backend) -> list[Kernel]:
+def kernels(graph: Graph, backend: Backend, size: Callable[[Value], int]) -> list[Kernel]:
     """The kernels of a program in JAX's order, each with what it reads from memory."""
-    return _Fusion(graph, backend).kernels()
+    return _Fusion(graph, backend, size).kernels()
 
 
 class _Fusion:
-    def __init__(self, graph: Graph, backend: Backend):
-        self.graph, self.backend = graph, backend
+    def __init__(self, graph: Graph, backend: Backend, size: Callable[[Value], int]):
+        self.graph, self.backend, self.size = graph, backend, size
         self.written: set[Value] = {v for v in graph.outputs if v is not None}
         self.fixed: set[Value] = set()
         for node in graph.nodes:
@@ -64,14 +65,16 @@ class _Fusion:
             if node.op not in CONTRACTIONS:
                 continue
             [out] = node.outs
-            if len(out.users) == 1 and self.fusible(out.users[0]) and out not in self.graph.outputs:
+            while len(out.users) == 1 and self.fusible(out.users[0]) and out not in self.graph.outputs:
                 user = out.users[0]
-                if len(user.outs) == 1 and self._small(user, out):
-                    self.written.discard(out)
-                    self.written.add(user.outs[0])
+                if len(user.outs) != 1 or not self._small(user, out):
+                    break
+                self.written.discard(out)
+                out = user.outs[0]
+                self.written.add(out)
 
     def _small(self, user: Node, out: Value) -> bool:
-        size = self.backend.size
+        size = self.size
         return size(user.outs[0]) <= size(out) or user.outs[0] in self.graph.outputs
 
     def _readers(self) -> dict[Value, frozenset]:
@@ -91,7 +94,7 @@ class _Fusion:
     def _decide(self, readers: dict[Value, frozenset]) -> None:
         """Write a value when every reader's computing it anew would move more bytes than writing and reading it."""
         self.sources: dict[Value, dict[Value, None]] = {}
-        size = self.backend.size
+        size = self.size
         for node in self.graph.nodes:
             if node.op == "barrier":
                 continue

@@ -40,19 +40,21 @@ class Life:
     node: Node | None
 
 
-def life(graph: Graph, backend: Backend, body: bool = False) -> Life:
+def life(graph: Graph, backend: Backend, size: Callable[[Value], int], body: bool = False) -> Life:
     """Simulate one run. In a loop's ``body``, results are temporaries too: the next step's arguments wait for them."""
-    found = kernels(graph, backend)
-    plain = _simulated(_ordered(found, graph), graph, backend, body)
+    found = kernels(graph, backend, size)
+    plain = _simulated(_ordered(found, graph), graph, backend, size, body)
     if body:
         return plain
-    late = _simulated(_deferred(_ordered(found, graph), graph), graph, backend, body)
+    late = _simulated(_deferred(_ordered(found, graph), graph), graph, backend, size, body)
     return min(plain, late, key=lambda x: x.temp)
 
 
-def _simulated(order: list[Kernel], graph: Graph, backend: Backend, body: bool) -> Life:
-    inner = {i: _loop(k.node, backend) for i, k in enumerate(order) if k.node.op in LOOPS}
-    buffers = _buffers(order, graph, backend, body)
+def _simulated(
+    order: list[Kernel], graph: Graph, backend: Backend, size: Callable[[Value], int], body: bool
+) -> Life:
+    inner = {i: _loop(k.node, backend, size) for i, k in enumerate(order) if k.node.op in LOOPS}
+    buffers = _buffers(order, graph, size)
     device = [b for b in buffers if not b.value.host]
     outputs = {root(v) for v in graph.outputs if v is not None}
     results = [] if body else [b for b in device if b.value in outputs]
@@ -75,8 +77,8 @@ def _simulated(order: list[Kernel], graph: Graph, backend: Backend, body: bool) 
     return Life(temp=temp, host=host, at_peak=tuple(alive), inner=inner.get(when), node=node)
 
 
-def _loop(node: Node, backend: Backend) -> Life:
-    return max((life(body, backend, body=True) for body in node.bodies), key=lambda x: x.temp)
+def _loop(node: Node, backend: Backend, size: Callable[[Value], int]) -> Life:
+    return max((life(body, backend, size, body=True) for body in node.bodies), key=lambda x: x.temp)
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ def _ordered(found: list[Kernel], graph: Graph) -> list[Kernel]:
 
 def _deferred(order: list[Kernel], graph: Graph) -> list[Kernel]:
     """The same, with what only small results need at the end: the loss itself may wait for the gradients."""
-    large = {root(v) for v in graph.outputs if v is not None and v.size > 4096}
+    large = {root(v) for v in graph.outputs if v is not None and v.shape}
     needed: set[Value] = set(large)
     early, late = [], []
     for kernel in reversed(order):
@@ -116,7 +118,7 @@ def _deferred(order: list[Kernel], graph: Graph) -> list[Kernel]:
 # --- lifetimes -------------------------------------------------------------------------------------------------------
 
 
-def _buffers(order: list[Kernel], graph: Graph, backend: Backend, body: bool) -> list[Buffer]:
+def _buffers(order: list[Kernel], graph: Graph, size: Callable[[Value], int]) -> list[Buffer]:
     found: dict[Value, Buffer] = {}
     last = len(order)
     for i, kernel in enumerate(order):
@@ -126,7 +128,7 @@ def _buffers(order: list[Kernel], graph: Graph, backend: Backend, body: bool) ->
                 found[value].uses.append(i)
         for out in kernel.outs:
             if out.alias is None and not out.argument:
-                found[out] = Buffer(out, backend.size(out), i, i, [i])
+                found[out] = Buffer(out, size(out), i, i, [i])
     for out in graph.outputs:
         if out is not None and root(out) in found:
             found[root(out)].dies = last
@@ -200,10 +202,10 @@ def _outside_fast(buffers: list[Buffer], backend: Backend, count: int) -> list[t
     used = [0] * (count + 2)
     spans, soon = [], []
     for buffer in buffers:
-        points = sorted({buffer.born, *buffer.uses, buffer.dies})
-        for a, b in zip(points, points[1:] or points, strict=False):
-            (soon if b - a <= _SOON else spans).append((a, b, buffer.size))
-    for a, b, size in sorted(soon, key=lambda s: (s[1] - s[0], s[2])):
+        points = sorted({buffer.born, *(u for u in buffer.uses if u <= buffer.dies), buffer.dies + 1})
+        for a, b in zip(points, points[1:], strict=False):
+            (soon if b - a <= _SOON else spans).append((a, b - 1, buffer.size))
+    for a, b, size in sorted(soon, key=lambda s: (s[1] - s[0]) / s[2]):
         if max(used[a : b + 1]) + size <= backend.fast_bytes:
             for i in range(a, b + 1):
                 used[i] += size
@@ -212,6 +214,6 @@ def _outside_fast(buffers: list[Buffer], backend: Backend, count: int) -> list[t
     return spans
 
 
-_SOON = 4  # kernels
+_SOON = 48  # kernels
 
 __all__ = ["Buffer", "Callable", "Life", "life", "math"]

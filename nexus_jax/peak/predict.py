@@ -40,9 +40,10 @@ def backend_of(target: Target) -> rules.Backend:
 def predict(program: Program, target: Target) -> Prediction:
     graph = flatten(program.traced.jaxpr)
     backend = backend_of(target)
-    found = life(graph, backend)
-    arguments = sum(backend.size(v) for v in graph.inputs if v.users or v in graph.outputs)
-    outputs = sum(backend.size(v) for v in graph.outputs if v is not None)
+    size = backend.sizer(graph)
+    found = life(graph, backend, size)
+    arguments = sum(size(v) for v in graph.inputs if v.users or v in graph.outputs)
+    outputs = sum(size(v) for v in graph.outputs if v is not None)
     return Prediction(
         device_bytes=arguments + outputs + found.temp,
         temp_bytes=found.temp,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from nexus_jax.peak.graph import Value
+from nexus_jax.peak.graph import Graph, Node, Value
 
 MIB = 2**20
 
@@ -25,7 +26,8 @@ FUSIBLE = set(
 # Their operands may be computed on the way in, their result is written.
 REDUCTIONS = {
     f"reduce_{x}" for x in ("sum", "max", "min", "prod", "and", "or", "xor", "precision_sum")
-} | {"argmax", "argmin", "reduce"}
+} | {"argmax", "argmin", "reduce", "reduce_window_max", "reduce_window_sum", "reduce_window", "reduce_window_min"}
+REDUCTIONS |= {"select_and_scatter_add", "select_and_gather_add"}
 CONTRACTIONS = {"dot_general", "conv_general_dilated"}
 # Too slow to do twice, says the GPU's cost model.
 EXPENSIVE = set("acos asin atan2 cos digamma erf erf_inv erfc lgamma pow sin tan tanh random_bits threefry2x32".split())
@@ -61,13 +63,34 @@ class Backend:
     fast_bytes: int
     descriptor_bytes: int
 
-    def size(self, value: Value) -> int:
+    def sizer(self, graph: Graph) -> Callable[[Value], int]:
         """Bytes of a value in this device's layout."""
-        return padded(value.shape, value.dtype) if self.name == "tpu" else -(-value.size // 256) * 256
+        if self.name == "gpu":
+            return lambda value: -(-value.size // 256) * 256
+        images = {
+            (len(v.shape), v.shape[0], tuple(sorted(n.params["dimension_numbers"].lhs_spec[:2])))
+            for n in _all_nodes(graph)
+            if n.op == "conv_general_dilated"
+            for v in n.ins[:1]
+        }
+        tiled = {(rank, batch): dims for rank, batch, dims in images}
+
+        def size(value: Value) -> int:
+            shape = value.shape
+            return padded(shape, value.dtype, tiled.get((len(shape), shape[0])) if shape else None)
+
+        return size
 
 
-def padded(shape: tuple[int, ...], dtype: Any) -> int:
-    """Bytes on a TPU: two dimensions, the compiler's choice, are cut into tiles of 8 x 128.
+def _all_nodes(graph: Graph) -> Iterator[Node]:
+    for node in graph.nodes:
+        yield node
+        for body in node.bodies:
+            yield from _all_nodes(body)
+
+
+def padded(shape: tuple[int, ...], dtype: Any, dims: tuple[int, ...] | None = None) -> int:
+    """Bytes on a TPU: two dimensions are cut into tiles of 8 x 128: of an image batch and features, else any two.
 
     Example:
         >>> import numpy as np
@@ -79,8 +102,8 @@ def padded(shape: tuple[int, ...], dtype: Any) -> int:
     if len(shape) < 2 or count * itemsize <= 4096:
         return -(-count * itemsize // 512) * 512
     best = min(
-        (_up(shape[a], 128) * _up(shape[b], 8) / (shape[a] * shape[b]))
-        for a, b in itertools.permutations(range(len(shape)), 2)
+        (_up(shape[a], 128) * _up(shape[b], 8 if shape[b] > 4 else 4) / (shape[a] * shape[b]))
+        for a, b in itertools.permutations(dims or range(len(shape)), 2)
         if shape[a] and shape[b]
     ) if count else 1
     return int(round(count * best)) * itemsize
