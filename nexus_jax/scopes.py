@@ -8,7 +8,7 @@ from typing import Literal
 Phase = Literal["forward", "backward", "recompute"]
 
 # Scopes that JAX opens, and that are no module of the user's.
-_OF_JAX = {"checkpoint", "rematted_computation", "closed_call", "call_exported", "while", "body", "cond"}
+_OF_JAX = {"eval_jaxpr", "checkpoint", "rematted_computation", "closed_call", "call_exported", "while", "body", "cond"}
 _TRANSFORMED = re.compile(r"\w+\(([^()]*)\)")
 _JITTED = re.compile(r"\bp?jit\([^()]*\)")
 

@@ -3,10 +3,11 @@
 ``nexus_jax.measure(...).timeline()`` makes a :class:`Timeline`; :func:`table`, :func:`draw` and :func:`write_html` show it.
 """
 
-from nexus_jax.timeline.account import Buffer as Buffer
-from nexus_jax.timeline.account import Group as Group
-from nexus_jax.timeline.account import Point as Point
-from nexus_jax.timeline.account import Sums as Sums
-from nexus_jax.timeline.account import Timeline as Timeline
-from nexus_jax.timeline.account import grouped as grouped
 from nexus_jax.timeline.account import parse as parse
+from nexus_jax.timeline.model import Buffer as Buffer
+from nexus_jax.timeline.model import Group as Group
+from nexus_jax.timeline.model import Point as Point
+from nexus_jax.timeline.model import Sums as Sums
+from nexus_jax.timeline.model import Timeline as Timeline
+from nexus_jax.timeline.model import grouped as grouped
+from nexus_jax.timeline.show import table as table

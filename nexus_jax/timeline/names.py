@@ -9,7 +9,9 @@ from collections import defaultdict
 from nexus_jax.scopes import Phase, module_path, phase
 
 # Instructions that hand on what they are given, perhaps elsewhere or in another layout: named by what they hand on.
+# (Calls without a name are the TPU compiler's own, such as ConcatBitcast.)
 _MOVES = {"bitcast", "convert", "copy", "get-tuple-element", "reshape", "slice", "transpose"}
+_STACKS = {"dynamic_slice", "dynamic_update_slice"}
 _FAR = 8  # how many hand-overs a name is carried
 
 
@@ -23,10 +25,12 @@ class Instruction:
     operands: tuple[str, ...]
     calls: str
     computation: str
+    parameter: int  # which one of its computation's it is, if it is one
 
     @property
     def moves(self) -> bool:
-        return self.opcode in _MOVES or self.opcode.endswith(("-start", "-done"))
+        unnamed_call = self.opcode == "custom-call" and not self.scope
+        return self.opcode in _MOVES or unnamed_call or self.opcode.endswith(("-start", "-done"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class Names:
         self._lines: dict[str, list[Instruction]] = defaultdict(list)
         self._roots: dict[str, Instruction] = {}
         self._users: dict[str, list[str]] = defaultdict(list)
+        self._callers: dict[str, Instruction] = {}
         computation = ""
         for line in hlo.splitlines():
             found = _LINE.match(line)
@@ -72,6 +77,8 @@ class Names:
             self._roots[made.computation] = made
         for operand in made.operands:
             self._users[operand].append(made.name)
+        if made.calls:
+            self._callers[made.calls] = made
         if made.opcode == "while":
             self.loops.update(_LOOP.findall(text))
 
@@ -92,10 +99,22 @@ class Names:
         if found is None:
             return Origin("", "", None)
         own = self._scope(found, index)
-        scope = own if _names_module(own) else self._before(found, _FAR) or self._after(found, _FAR)
-        op = _split(own)[1] if own else found.opcode
-        told = own or scope
-        return Origin(_split(scope)[0], op, phase(told) if _is_scope(told) else None)
+        path, op = _split(own)
+        if op in _STACKS:  # a scan writes its own name on what its steps stack up and take back
+            path = max((path, *map(_module, self._around(found))), key=len)
+        if path or (own and not found.moves):
+            return Origin(path or _function(own), op, phase(own) if _is_scope(own) else None)
+        scope = self._before(found, _FAR) or self._after(found, _FAR)
+        path, what = _split(scope)
+        does = op or re.sub("-(start|done)$", "", found.opcode)
+        op = f"{does} of {what}" if what and found.moves and what != does else does
+        return Origin(path, op, phase(own or scope) if _is_scope(own or scope) else None)
+
+    def _around(self, made: Instruction) -> list[str]:
+        """The scopes inside a fusion, of what it is given and of what reads it."""
+        given = [self.instructions[name] for name in made.operands if name in self.instructions]
+        inside = [line.scope for line in self._lines.get(made.calls, ())]
+        return [*inside, *(self._scope(g, "") or self._before(g, _FAR) for g in given), self._after(made, _FAR)]
 
     def _scope(self, made: Instruction, index: str) -> str:
         """What JAX called it; of a fusion with several results, what it called this one."""
@@ -114,28 +133,29 @@ class Names:
 
     def _before(self, made: Instruction, far: int) -> str:
         """The name of what an instruction hands on."""
-        if far == 0 or not (made.moves or made.opcode == "fusion"):
-            return ""
-        for operand in made.operands:
-            source = self.instructions.get(operand)
-            if source is None:
-                continue
+        caller = self._callers.get(made.computation)
+        if made.opcode == "parameter" and caller is not None:
+            sources = caller.operands[made.parameter : made.parameter + 1]
+        else:
+            sources = made.operands if made.moves else ()
+        for source in (self.instructions[name] for name in sources if name in self.instructions):
             scope = self._scope(source, "")
-            found = scope if _names_module(scope) else self._before(source, far - 1)
+            found = scope if _split(scope)[0] else self._before(source, far - 1) if far else ""
             if found:
                 return found
         return ""
 
     def _after(self, made: Instruction, far: int) -> str:
         """The name of the first module that reads it: for arguments, and for buffers that are filled later."""
-        if far == 0:
-            return ""
         readers = [self.instructions[user] for user in self._users.get(made.name, ())]
+        if self._roots.get(made.computation) is made and made.computation in self._callers:
+            readers.append(self._callers[made.computation])
         for reader in readers:
             scope = self._scope(reader, "")
-            if _names_module(scope) and _is_scope(scope):
+            if _module(scope) and _split(scope)[1] not in _STACKS:
                 return scope
-        return next(filter(None, (self._after(r, far - 1) for r in readers if r.moves)), "")
+        further = [r for r in readers if r.moves or _split(self._scope(r, ""))[1] in _STACKS]
+        return next(filter(None, (self._after(r, far - 1) for r in further)), "") if far else ""
 
 
 # --- scopes --------------------------------------------------------------------------------------------------------
@@ -159,23 +179,29 @@ def _is_scope(scope: str) -> bool:
     return "/" in re.sub(r"\[.*?\]", "", scope)
 
 
-def _names_module(scope: str) -> bool:
-    return bool(_split(scope)[0]) if _is_scope(scope) else bool(argument_path(scope))
-
-
 def _split(scope: str) -> tuple[str, str]:
-    """The module path and the op."""
-    if not _is_scope(scope):
-        return argument_path(scope), "argument"
+    """The module path, or the place of an argument, and the op."""
+    if not scope or not _is_scope(scope):
+        return (argument_path(scope), "argument") if scope else ("", "")
     above, _, op = scope.rpartition("/")
     return module_path(above), op
+
+
+def _module(scope: str) -> str:
+    return _split(scope)[0] if _is_scope(scope) else ""
+
+
+def _function(scope: str) -> str:
+    """The innermost function that was jitted by itself, for what is in no module: ``"log_softmax()"``."""
+    found = re.findall(r"\bp?jit\(([^()]*)\)", scope)
+    return f"{found[-1]}()" if len(found) > 1 else ""
 
 
 # --- the text ------------------------------------------------------------------------------------------------------
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_OPCODE = re.compile(r" ([a-z][\w\-]*)\((.*?)(?:\), |\)$)")  # after the type, which may hold brackets of all kinds
+_OPCODE = re.compile(r" ([a-z][\w\-]*)\((.*?)(?:\),|\)$)")  # after the type, which may hold brackets of all kinds
 _SCOPE = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
 _LOOP = re.compile(r"\b(?:body|condition)=%?([\w.\-]+)")
@@ -192,4 +218,5 @@ def _instruction(name: str, rest: str, computation: str) -> Instruction:
         operands=tuple(re.findall(r"%([\w.\-]+)", found[2])) if found else (),
         calls=calls[1] if calls else "",
         computation=computation,
+        parameter=int(found[2]) if found and found[1] == "parameter" else -1,
     )

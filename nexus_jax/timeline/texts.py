@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import defaultdict
 from typing import Literal
 
 Kind = Literal["argument", "output", "temporary", "constant", "thread-local"]
@@ -52,9 +51,7 @@ class Allocation:
 
 
 _ALLOCATION = re.compile(r"allocation (\d+): size (\d+),(.*):$")
-_VALUE = re.compile(
-    r"value: <\d+ (\S+?)(?:\{([\d,]*)\})?( \(phi\))? @(\d+)> \(size=(\d+),offset=(\d+)\): (.*)$"
-)
+_VALUE = re.compile(r"value: <\d+ (\S+?)(?:\{([\d,]*)\})?( \(phi\))? @(\d+)> \(size=(\d+),offset=(\d+)\): (.*)$")
 
 
 def allocations(text: str) -> list[Allocation]:
