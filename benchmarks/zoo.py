@@ -48,7 +48,7 @@ def gpt(policy="none", batch=8, length=512, layers=4, d=512, vocab=8192, heads=8
     return _language_model(model, policy, batch, length)
 
 
-def gpt_f32(policy="none", batch=4, length=384, layers=3, d=384, vocab=4096, heads=6):
+def gpt_f32(policy="none", batch=4, length=384, layers=2, d=384, vocab=4096, heads=6):
     """The same in f32, with sizes that are no powers of two."""
     return _language_model(models.GPT(layers=layers, d=d, heads=heads, vocab=vocab), policy, batch, length)
 
@@ -58,7 +58,7 @@ def gpt_scanned(policy="none", batch=8, length=512, layers=8, d=512, vocab=8192,
     return _language_model(models.ScannedGPT(layers=layers, d=d, heads=heads, vocab=vocab), policy, batch, length)
 
 
-def gpt_nnx(policy="none", batch=8, length=512, layers=4, d=512, vocab=8192, heads=8):
+def gpt_nnx(policy="none", batch=8, length=512, layers=3, d=512, vocab=8192, heads=8):
     """The unrolled GPT in nnx."""
     make = lambda: models.NNXGPT(layers, d, heads, vocab, length, dtype=BF16, rngs=nnx.Rngs(0))
     model = _wrapped(nnx.eval_shape(make), policy)
@@ -127,7 +127,7 @@ class Llama(nn.Module):
         return nn.Dense(self.vocab, use_bias=False, dtype=BF16, name="head")(RMSNorm()(x))
 
 
-def llama(policy="none", batch=4, length=512, layers=4, d=512, vocab=8192, heads=8):
+def llama(policy="none", batch=4, length=512, layers=3, d=512, vocab=8192, heads=8):
     """RMSNorm, rotary positions, grouped keys, gated MLP, untied head, bf16."""
     return _language_model(Llama(layers, d, heads, vocab), policy, batch, length)
 
@@ -178,7 +178,7 @@ class MoE(nn.Module):
         return nn.Dense(self.vocab, dtype=BF16, name="head")(nn.LayerNorm(dtype=BF16)(x))
 
 
-def moe(policy="none", batch=8, length=256, layers=3, d=384, vocab=4096, heads=6, experts=8):
+def moe(policy="none", batch=8, length=256, layers=2, d=384, vocab=4096, heads=6, experts=8):
     """A mixture of experts that dispatches by einsum."""
     return _language_model(MoE(layers, d, heads, vocab, experts), policy, batch, length)
 
@@ -249,7 +249,7 @@ def _cross_entropy(logits, labels):
     return -jnp.mean(jnp.take_along_axis(logp, labels[..., None], -1))
 
 
-def vit(policy="none", batch=32, size=224, patch=16, layers=4, d=384, heads=6):
+def vit(policy="none", batch=32, size=224, patch=16, layers=3, d=384, heads=6):
     """A vision transformer: 197 tokens, so that nothing is a round number."""
     model = _wrapped(ViT(layers, d, heads, patch), policy)
     images, labels = _shape(batch, size, size, 3), _shape(batch, dtype=jnp.int32)
