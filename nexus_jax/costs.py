@@ -28,6 +28,7 @@ What is in no row is not guessed: :func:`flops_of` returns None.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -81,10 +82,6 @@ _CUMULATIVE = _set("cumsum cumprod cummax cummin cumlogsumexp")
 _SCATTERS = _set("scatter-add scatter-mul scatter-min scatter-max scatter_add scatter_mul scatter_min scatter_max")
 
 _SUMS_OF_DEVICES = _set("psum psum_invariant pmax pmin reduce_scatter unreduced_psum unreduced_reduce_scatter")
-
-# Their parameters hold the small function that they apply, not a body that they run.
-WITH_A_FUNCTION = _SCATTERS | _set("scatter reduce reduce_window select_and_scatter pallas_call")
-
 
 Kind = Literal["view", "barrier", "fused", "slice", "reduce", "kernel"]
 
@@ -273,6 +270,10 @@ _TABLE: dict[str, Callable[[Any], int | None]] = {
 }
 
 
+# Equations in the table: programs among their parameters are the functions that they apply, not bodies that they run.
+KNOWN = _NOTHING | _ELEMENTWISE | _REDUCTIONS | _CUMULATIVE | _SCATTERS | _SUMS_OF_DEVICES | _TABLE.keys()
+
+
 # --- bytes and precision -------------------------------------------------------------------------------------------
 
 
@@ -304,8 +305,11 @@ def bytes_of(eqn: Any) -> tuple[int, int]:
 
 def dtype_of(eqn: Any) -> str:
     """The widest type among what an equation takes; of what it makes, where it takes nothing."""
-    dtypes = [v.aval.dtype for v in eqn.invars or eqn.outvars if hasattr(v.aval, "dtype")]
-    return str(max(dtypes, key=lambda dtype: dtype.itemsize)) if dtypes else ""
+    found = {v.aval.dtype for v in eqn.invars or eqn.outvars if hasattr(v.aval, "dtype")}
+    return _name(max(found, key=lambda dtype: dtype.itemsize)) if found else ""
+
+
+_name = functools.cache(str)  # numpy takes its time to name a type
 
 
 def passes_of(eqn: Any) -> int:
@@ -314,9 +318,9 @@ def passes_of(eqn: Any) -> int:
     The numbers are those of https://docs.jax.dev/en/latest/jax.lax.html#jax.lax.Precision on a TPU.
     """
     precision = eqn.params.get("precision")
-    text = str(precision).upper()
-    if dtype_of(eqn) != "float32" or eqn.primitive.name not in MATMULS:
+    if precision is None or eqn.primitive.name not in MATMULS or dtype_of(eqn) != "float32":
         return 1
+    text = str(precision).upper()
     if "HIGHEST" in text or "_X6" in text or text.endswith("F32_F32_F32"):
         return 6
     return 3 if "HIGH" in text or "_X3" in text else 1

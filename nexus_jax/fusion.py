@@ -20,16 +20,15 @@ may fuse a conversion before it or an activation after it.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from nexus_jax.costs import Kind
 
 _MEMORY = -1  # among the kernels that use a value: one that reads it from memory
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """An equation of a flat program; values are numbers.
 
     Attributes:

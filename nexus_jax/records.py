@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.extend import core as jex
@@ -71,8 +71,7 @@ _CHECKPOINTS = {"checkpoint", "remat", "remat2"}
 _ORDER: tuple[Phase, ...] = ("forward", "backward", "recompute")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Facts:
+class _Facts(NamedTuple):
     """What an equation is, wherever it stands."""
 
     op: str
@@ -189,18 +188,19 @@ class _Counter:
     def understand(self, eqn: Any) -> _Facts:
         name, p = eqn.primitive.name, eqn.params
         common = _common(eqn)
-        bodies = [] if name in costs.WITH_A_FUNCTION else _bodies(eqn)
+        bodies = [] if name in costs.KNOWN else _bodies(eqn)
         if name in _CALLS and bodies and len(_inner(bodies[0]).invars) == len(eqn.invars):
             return _Facts(**common, kind="view", call=bodies[0])
         if bodies:
             return _Facts(**common, kind="kernel", **self.runs(name, p, bodies))
         flops = costs.flops_of(eqn)
-        place = _place(eqn)
+        place = _place(eqn) if name == "device_put" else ""
+        kind = "kernel" if place else costs.kind_of(eqn)
         return _Facts(
             **common,
-            kind="kernel" if place else costs.kind_of(eqn),
+            kind=kind,
             flops=flops or 0,
-            moved=costs.bytes_of(eqn),
+            moved=costs.bytes_of(eqn) if kind == "kernel" else (0, 0),
             dtype=costs.dtype_of(eqn),
             passes=costs.passes_of(eqn),
             place=place,
@@ -260,9 +260,7 @@ def _within(r: Record, scope: str, times: int) -> Record:
 
 
 def _place(eqn: Any) -> str:
-    """Where a copy between device and host memory goes; empty for every other equation."""
-    if eqn.primitive.name != "device_put":
-        return ""
+    """Where a ``device_put`` between device and host memory goes; empty for every other one."""
     kinds = [getattr(d, "memory_kind", None) or "" for d in eqn.params["devices"]]
     spaces = [[v.aval.memory_space == jax.memory.Space.Host for v in vs] for vs in (eqn.invars, eqn.outvars)]
     to_host = any(spaces[1]) or any(k.endswith("_host") for k in kinds)
@@ -276,9 +274,13 @@ def _inner(body: Any) -> Any:
 def _bodies(eqn: Any) -> list[Any]:
     """The programs among an equation's parameters; those that it runs come first."""
     found = []
-    prim = eqn.params.get("_prim")  # jax_remat3's checkpoint is a primitive with its program inside
-    for param in (*eqn.params.values(), getattr(prim, "jaxpr", None)):
-        for p in param if isinstance(param, tuple | list) else (param,):
-            if isinstance(p, jex.Jaxpr | jex.ClosedJaxpr):  # pyright: ignore[reportPrivateImportUsage]
-                found.append(p)
-    return found
+    for param in eqn.params.values():
+        if isinstance(param, _PROGRAMS):
+            found.append(param)
+        elif isinstance(param, tuple | list):
+            found += [p for p in param if isinstance(p, _PROGRAMS)]
+    inside = getattr(eqn.params.get("_prim"), "jaxpr", None)  # jax_remat3's checkpoint is a primitive with a program in it
+    return [*found, inside] if isinstance(inside, _PROGRAMS) else found
+
+
+_PROGRAMS = (jex.Jaxpr, jex.ClosedJaxpr)  # pyright: ignore[reportPrivateImportUsage]
