@@ -14,7 +14,8 @@ from jax.extend import core as jex
 from nexus_jax import _compat, costs
 
 # Calls that are opened in place: their body runs once, with their operands and results as its own.
-_OPENED = (_compat.CALLS - {"scan"}) | {"custom_vjp_call", "custom_vjp_call_jaxpr", "shard_map"}
+_OPENED = (_compat.CALLS - {"scan"}) | {"call", "composite", "eval_jaxpr", "shard_map"}
+_OPENED |= {"custom_vjp_call", "custom_vjp_call_jaxpr"}
 _NUMBERS = itertools.count()
 
 

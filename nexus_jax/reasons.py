@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
+from typing import Any
 
 from nexus_jax import costs
 from nexus_jax.dataflow import SAME, VIEWS, Flow, Node, before
@@ -28,11 +29,31 @@ class Use:
     path: str
 
     def __str__(self) -> str:
-        if self.role == "gradient":
-            return "the gradient itself"
-        if self.op == "recomputation":
-            return f"input of the recomputation of {self.path or 'a function'}"
-        return f"{self.role} of {self.op} in the backward of {self.path or 'the function'}"
+        return why([self])
+
+
+def why(uses: Iterable[Use]) -> str:
+    """Uses in words, alike ones together.
+
+    Example:
+        >>> why(Use(role="operand", op="dot_general", path=f"GPT/blocks_0/attn/{name}") for name in "qk")
+        'operand of dot_general in the backward of GPT/blocks_0/attn/q, GPT/blocks_0/attn/k'
+    """
+    alike: dict[tuple[str, str], list[str]] = {}
+    for use in uses:
+        alike.setdefault((use.role, use.op), []).append(use.path)
+    return "; ".join(_sentence(*what, ", ".join(paths)) for what, paths in alike.items()) or UNREAD
+
+
+UNREAD = "nothing reads it: compilers drop it"
+
+
+def _sentence(role: str, op: str, where: str) -> str:
+    if role == "gradient":
+        return "the gradient itself"
+    if op == "recomputation":
+        return f"input of the recomputation of {where or 'a function'}"
+    return f"{role} of {op} in the backward of {where or 'the function'}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,10 +81,16 @@ class Recompute:
         kinds += ["random bits"] * self.random
         if self.reductions:
             kinds.append("reductions")
-        return f"{' + '.join(kinds) or 'elementwise only'}, {_flop(self.flops)}"
+        return f"{' + '.join(kinds) or 'elementwise only'}, {flop(self.flops)}"
 
 
-def _flop(n: float) -> str:
+def flop(n: float) -> str:
+    """FLOPs for people.
+
+    Example:
+        >>> flop(17_179_869_184), flop(640)
+        ('17.2 GFLOP', '640 FLOP')
+    """
     for unit in ("", "k", "M", "G", "T"):
         if n < 1000 or unit == "T":
             return f"{n:.0f} {unit}FLOP" if n >= 100 or not unit else f"{n:.3g} {unit}FLOP"
@@ -149,15 +176,15 @@ class Kept:
         self.flow = flow
         self.names = {value: _names(flow, value) for value in values}
         self.times = Counter(name for names in self.names.values() for name in names)
+        self.known: dict[Any, _Tally] = {}
 
     def recompute(self, value: int) -> Recompute:
         """What making one of them again from the others takes."""
-        own = Counter(self.names[value])
-        there = {name for name in self.times if self.times[name] > own[name]}
-        if self.names[value][0] in there:
+        names = self.names[value]
+        if self.times[names[0]] > 1:
             return Recompute(free=True)
         tally = _Tally()
-        _remake(self.flow, [value], there, tally, 1)
+        _remake(self.flow, [value], _Without(self.times, names), tally, 1, self.known)
         return tally.result()
 
 
@@ -174,11 +201,22 @@ def _names(flow: Flow, value: int) -> list[int]:
 _RANDOM = {"random_bits", "threefry2x32", "rng_bit_generator", "random_gamma"}
 
 
+class _Without(Container[int]):
+    """What is kept but for one value. It may be kept in another form too: then it is there."""
+
+    def __init__(self, times: Counter[int], names: Sequence[int]):
+        self.times, self.names = times, names
+
+    def __contains__(self, value: Any) -> bool:
+        return self.times[value] > (value in self.names)
+
+
 class _Tally:
     """Counts what runs."""
 
     def __init__(self):
-        self.flops, self.matmuls, self.reductions, self.random, self.nodes = 0, Counter[str](), False, False, 0
+        self.flops = self.nodes = self.reductions = self.random = 0
+        self.matmuls: Counter[str] = Counter()
 
     def add(self, node: Node, times: int) -> None:
         kind = "kernel" if node.bodies else costs.kind_of(node.eqn)
@@ -186,26 +224,39 @@ class _Tally:
         self.flops += (flops or 0) * times * node.times
         self.nodes += kind not in ("view", "barrier") and node.op not in VIEWS
         if node.op in _RANDOM:
-            self.random = True
+            self.random += 1
         elif node.op in costs.MATMULS or flops is None or node.bodies:
             self.matmuls[node.op] += times * node.times
         elif kind == "reduce" or (kind == "kernel" and flops):
-            self.reductions = True
+            self.reductions += 1
 
     def merge(self, other: _Tally) -> None:
         self.flops += other.flops
         self.matmuls += other.matmuls
         self.nodes += other.nodes
-        self.reductions |= other.reductions
-        self.random |= other.random
+        self.reductions += other.reductions
+        self.random += other.random
+
+    def copy(self) -> _Tally:
+        made = _Tally()
+        made.merge(self)
+        return made
+
+    def since(self, then: _Tally) -> _Tally:
+        """What was added to a copy that was taken then."""
+        made = _Tally()
+        made.flops, made.matmuls = self.flops - then.flops, self.matmuls - then.matmuls
+        made.nodes, made.reductions = self.nodes - then.nodes, self.reductions - then.reductions
+        made.random = self.random - then.random
+        return made
 
     def result(self) -> Recompute:
         matmuls = tuple(sorted(self.matmuls.items()))
         return Recompute(
             flops=self.flops,
             matmuls=matmuls,
-            reductions=self.reductions,
-            random=self.random,
+            reductions=self.reductions > 0,
+            random=self.random > 0,
             free=not self.nodes,
         )
 
@@ -219,19 +270,32 @@ def _flops(node: Node) -> int | None:
     return max(Count(records_of(body.jaxpr)).flops for body in node.bodies)
 
 
-def _remake(flow: Flow, wanted: Iterable[int], there: set[int], tally: _Tally, times: int) -> set[int]:
-    """Count what makes ``wanted`` again where ``there`` is there already; returns the inputs of ``flow`` that it takes."""
+def _remake(
+    flow: Flow,
+    wanted: Iterable[int],
+    there: Container[int],
+    tally: _Tally,
+    times: int,
+    known: dict[tuple[Node, frozenset[int]], _Tally] | None = None,
+) -> set[int]:
+    """Count what makes ``wanted`` again where ``there`` is there already; returns the inputs of ``flow`` that it takes.
+
+    Args:
+        known: what it took from where everything goes through one equation, by that equation and its results that are
+            needed: layers in a row would otherwise be walked once for each layer after them.
+    """
     inputs: set[int] = set()
     pending: dict[Node, set[int]] = {}
     order: list[tuple[int, Node]] = []
+    narrow: dict[tuple[Node, frozenset[int]], _Tally] = {}
 
     def want(value: int | None) -> None:
-        if value is None or before(flow, value, SAME) in there:
+        if value is None or (name := before(flow, value, SAME)) in there:
             return
-        if value not in flow.maker:
-            inputs.add(value)
+        if name not in flow.maker:
+            inputs.add(name)
             return
-        node, position = flow.maker[value]
+        node, position = flow.maker[name]
         if node not in pending:  # readers come after what they read: all of a node's are seen when it is popped
             pending[node] = set()
             heapq.heappush(order, (-node.index, node))
@@ -241,6 +305,12 @@ def _remake(flow: Flow, wanted: Iterable[int], there: set[int], tally: _Tally, t
         want(value)
     while order:
         node = heapq.heappop(order)[-1]
+        if known is not None and not order and node.op != "scan":
+            at = node, frozenset(pending[node])
+            if at in known:
+                tally.merge(known[at])
+                break
+            narrow[at] = tally.copy()
         if node.op == "scan":
             for i in _remake_steps(node, pending[node], there, tally, times * node.times):
                 want(node.ins[i])
@@ -248,10 +318,12 @@ def _remake(flow: Flow, wanted: Iterable[int], there: set[int], tally: _Tally, t
         tally.add(node, times)
         for value in node.ins:
             want(value)
+    if known is not None:
+        known.update({at: tally.since(then) for at, then in narrow.items()})
     return inputs
 
 
-def _remake_steps(node: Node, wanted: set[int], there: set[int], tally: _Tally, times: int) -> list[int]:
+def _remake_steps(node: Node, wanted: set[int], there: Container[int], tally: _Tally, times: int) -> list[int]:
     """As :func:`_remake` for a scan: every step again, with the carried values that a step takes from the one before."""
     body, first = node.bodies[0], node.first_carried
     while True:

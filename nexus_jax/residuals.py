@@ -14,9 +14,9 @@ from jax.extend import core as jex
 from nexus_jax import adapters
 from nexus_jax.boundary import is_floating, split
 from nexus_jax.dataflow import VIEWS, Flow, Node, before, origin
-from nexus_jax.families import families, pattern
+from nexus_jax.families import families
 from nexus_jax.policy.rules import nbytes
-from nexus_jax.reasons import Kept, Reasons, Recompute, Use
+from nexus_jax.reasons import Kept, Reasons, Recompute, Use, why
 from nexus_jax.scopes import module_path
 
 
@@ -49,7 +49,7 @@ class Residual:
     @property
     def why(self) -> str:
         """Why it is kept, in words: ``"operand of dot_general in the backward of GPT/blocks_3/attn/q"``."""
-        return "; ".join(map(str, self.uses)) or "nothing reads it: compilers drop it"
+        return why(self.uses)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -87,11 +87,16 @@ class Group:
     @property
     def uses(self) -> tuple[Use, ...]:
         """What the backward pass does with them, with the modules of all layers as patterns."""
-        alike: dict[tuple[str, str], set[str]] = defaultdict(set)
-        for r in self.members:
-            for use in r.uses:
-                alike[use.role, use.op].add(use.path)
-        return tuple(Use(role=role, op=op, path=pattern(sorted(paths))) for (role, op), paths in alike.items())
+        alike: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+        for use in (use for r in self.members for use in r.uses):
+            alike[use.role, use.op][use.path] = None
+        return tuple(Use(role=r, op=op, path=p) for (r, op), paths in alike.items() for p in families(paths))
+
+    @property
+    def recompute(self) -> tuple[Recompute, Recompute] | None:
+        """The least and the most that making one of them again takes; None for arguments."""
+        costs = sorted((r.recompute for r in self.members if r.recompute), key=lambda cost: cost.flops)
+        return (costs[0], costs[-1]) if costs else None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the first of them, with ``path`` as the pattern and ``nbytes`` the sum; ``count`` says how many."""
@@ -101,7 +106,7 @@ class Group:
             "count": self.count,
             "nbytes": self.nbytes,
             "uses": [dataclasses.asdict(use) for use in self.uses],
-            "why": "; ".join(map(str, self.uses)) or self.each.why,
+            "why": why(self.uses),
         }
 
 
@@ -218,16 +223,19 @@ def residuals(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Residuals:
 
     with jax.disable_jit(False):
         program = jax.make_jaxpr(step)(*arrays)
-    return _read(program.jaxpr, _argument_names(inputs))
+    return _read(program.jaxpr, _argument_names(args, kwargs, rebuild))
 
 
 _BACKWARD = "nexus_jax_backward"
 _DATA = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 
 
-def _argument_names(inputs: Any) -> list[str]:
-    leaves = jax.tree_util.tree_leaves_with_path(inputs)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, x in leaves if isinstance(x, _DATA)]
+def _argument_names(args: Any, kwargs: Any, rebuild: Any) -> list[str]:
+    """Where each array is among the arguments: ``"0/params/blocks_0/attn/kernel"``."""
+    given = jax.tree_util.tree_leaves_with_path((args, kwargs), is_leaf=adapters.nnx.accepts)
+    inside = jax.tree_util.tree_leaves_with_path(rebuild.treedef.unflatten(range(rebuild.treedef.num_leaves)))
+    paths = [given[path[0].idx][0][1:] + path[1:] for path, i in inside if rebuild.traced[i]]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
 
 
 def _read(jaxpr: Any, names: list[str]) -> Residuals:
