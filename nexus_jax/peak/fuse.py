@@ -31,7 +31,8 @@ def kernels(graph: Graph, backend: Backend, size: Callable[[Value], int]) -> lis
 class _Fusion:
     def __init__(self, graph: Graph, backend: Backend, size: Callable[[Value], int]):
         self.graph, self.backend, self.size = graph, backend, size
-        self.written: set[Value] = {v for v in graph.outputs if v is not None}
+        self.results: set[Value] = {v for v in graph.outputs if v is not None}
+        self.written: set[Value] = set(self.results)
         self.fixed: set[Value] = set()
         for node in graph.nodes:
             self._require(node)
@@ -65,7 +66,7 @@ class _Fusion:
             if node.op not in CONTRACTIONS:
                 continue
             [out] = node.outs
-            while len(out.users) == 1 and self.fusible(out.users[0]) and out not in self.graph.outputs:
+            while len(out.users) == 1 and self.fusible(out.users[0]) and out not in self.results:
                 user = out.users[0]
                 if len(user.outs) != 1 or not self._small(user, out):
                     break
@@ -74,8 +75,11 @@ class _Fusion:
                 self.written.add(out)
 
     def _small(self, user: Node, out: Value) -> bool:
-        size = self.size
-        return size(user.outs[0]) <= size(out) or user.outs[0] in self.graph.outputs
+        """Whether an operation keeps a matmul's result as it is, or makes less of it."""
+        made = user.outs[0]
+        if user.op in ("concatenate", "pad", "broadcast_in_dim"):
+            return False
+        return self.size(made) <= self.size(out) or made in self.results
 
     def _readers(self) -> dict[Value, frozenset]:
         """The kernels that read each value, through fusions."""
@@ -105,7 +109,8 @@ class _Fusion:
                 count = len(readers[out])
                 moved = sum(size(v) for v in sources)
                 once = size(out)
-                again = (count - 1) * moved > (count + 1) * once
+                joined = node.op == "concatenate" and self.backend.fused_operands  # in pieces, by the matmul that reads it
+                again = (count - 1) * moved > (count + 1) * once and not joined
                 slow = self.backend.keeps_expensive and node.op in EXPENSIVE and count > 1
                 if (again or slow or len(sources) > _WIDE) and sources:
                     self.written.add(out)

@@ -159,7 +159,8 @@ class _Builder:
         env.update(zip(eqn.outvars, outs, strict=True))
         if key is not None:
             self.seen[key] = outs
-        self.append(Node(name, ins, outs, eqn.params, scope, bodies=bodies))
+        params = {**eqn.params, **_loop_counts(eqn)} if bodies else eqn.params
+        self.append(Node(name, ins, outs, params, scope, bodies=bodies))
 
     def append(self, node: Node) -> None:
         node.position = len(self.nodes)
@@ -169,6 +170,19 @@ class _Builder:
 
 
 _CHEAP = {"convert_element_type", "broadcast_in_dim", "iota", "transpose", "mul", "add", "sub", "neg", "exp", "ge", "gt"}
+
+
+def _loop_counts(eqn: Any) -> dict[str, int]:
+    """How many arguments of a loop's body are constants, and how many results it carries to its next step."""
+    if eqn.primitive.name == "while":
+        return {"consts": eqn.params["body_nconsts"], "carried": len(eqn.outvars)}
+    if eqn.primitive.name != "scan":
+        return {"consts": 0, "carried": 0}
+    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    # names of these counts in the parameters differ between versions of JAX; a stacked value has one dimension more
+    same = lambda outer, inner: [len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outer, inner, strict=True)]
+    carried, stacked = sum(same(eqn.outvars, body.outvars)), same(eqn.invars, body.invars).count(False)
+    return {"consts": len(eqn.invars) - carried - stacked, "carried": carried}
 
 
 def _params_key(eqn: Any) -> str:

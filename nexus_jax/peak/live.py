@@ -40,25 +40,25 @@ class Life:
     node: Node | None
 
 
-def life(graph: Graph, backend: Backend, size: Callable[[Value], int], body: bool = False) -> Life:
-    """Simulate one run. In a loop's ``body``, results are temporaries too: the next step's arguments wait for them."""
+def life(graph: Graph, backend: Backend, size: Callable[[Value], int], body: Node | None = None) -> Life:
+    """Simulate one run, or one step of the loop whose ``body`` this is."""
     found = kernels(graph, backend, size)
     plain = _simulated(_ordered(found, graph), graph, backend, size, body)
-    if body:
+    if body is not None:
         return plain
     late = _simulated(_deferred(_ordered(found, graph), graph), graph, backend, size, body)
     return min(plain, late, key=lambda x: x.temp)
 
 
 def _simulated(
-    order: list[Kernel], graph: Graph, backend: Backend, size: Callable[[Value], int], body: bool
+    order: list[Kernel], graph: Graph, backend: Backend, size: Callable[[Value], int], body: Node | None
 ) -> Life:
     inner = {i: _loop(k.node, backend, size) for i, k in enumerate(order) if k.node.op in LOOPS}
-    buffers = _buffers(order, graph, size)
+    buffers = _buffers(order, graph, size, body)
     device = [b for b in buffers if not b.value.host]
     outputs = {root(v) for v in graph.outputs if v is not None}
-    results = [] if body else [b for b in device if b.value in outputs]
-    temporaries = [b for b in device if b.value not in outputs or body]
+    results = [] if body is not None else [b for b in device if b.value in outputs]
+    temporaries = [b for b in device if b.value not in outputs or body is not None]
     if backend.outputs_reused:
         temporaries = _without_reused(temporaries, results)
     spans = [(b.born, b.dies, b.size) for b in temporaries]
@@ -66,7 +66,7 @@ def _simulated(
         spans = _outside_fast(temporaries, backend, len(order))
     spans += [(i, i, x.temp) for i, x in inner.items()]
     temp, when = _peak(spans, len(order))
-    if backend.fast_bytes and not body:
+    if backend.fast_bytes and body is None:
         temp += _reported_twice(temp, spans, inner, order, backend)
     host, _ = _peak(
         [(b.born, b.dies, b.size) for b in buffers if b.value.host] + [(i, i, x.host) for i, x in inner.items()],
@@ -78,7 +78,7 @@ def _simulated(
 
 
 def _loop(node: Node, backend: Backend, size: Callable[[Value], int]) -> Life:
-    return max((life(body, backend, size, body=True) for body in node.bodies), key=lambda x: x.temp)
+    return max((life(body, backend, size, node) for body in node.bodies), key=lambda x: x.temp)
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def _deferred(order: list[Kernel], graph: Graph) -> list[Kernel]:
 # --- lifetimes -------------------------------------------------------------------------------------------------------
 
 
-def _buffers(order: list[Kernel], graph: Graph, size: Callable[[Value], int]) -> list[Buffer]:
+def _buffers(order: list[Kernel], graph: Graph, size: Callable[[Value], int], body: Node | None) -> list[Buffer]:
     found: dict[Value, Buffer] = {}
     last = len(order)
     for i, kernel in enumerate(order):
@@ -129,12 +129,37 @@ def _buffers(order: list[Kernel], graph: Graph, size: Callable[[Value], int]) ->
         for out in kernel.outs:
             if out.alias is None and not out.argument:
                 found[out] = Buffer(out, size(out), i, i, [i])
-    for out in graph.outputs:
-        if out is not None and root(out) in found:
-            found[root(out)].dies = last
+    if body is None:
+        for out in graph.outputs:
+            if out is not None and root(out) in found:
+                found[root(out)].dies = last
+    else:
+        _hand_on(order, graph, found, body)
     for i, kernel in enumerate(order):
         _share(i, kernel, found, graph)
     return [b for b in found.values() if b.dies >= b.born]
+
+
+def _hand_on(order: list[Kernel], graph: Graph, found: dict[Value, Buffer], body: Node) -> None:
+    """What a step of a loop hands on: the carry into the old one's memory, a row of a stacked result into its place.
+
+    A new carry waits beside the old one while something still reads that.
+    """
+    read = {root(v): i for i, kernel in enumerate(order) for v in kernel.ins}
+    consts, carried = body.params["consts"], body.params["carried"]
+    if body.op == "cond":
+        return
+    for i, out in enumerate(graph.outputs):
+        buffer = None if out is None else found.get(root(out))
+        if buffer is None:
+            continue
+        if i >= carried:
+            if not buffer.uses[1:]:
+                buffer.dies = buffer.born - 1
+        elif read.get(graph.inputs[consts + i], -1) > buffer.born:
+            buffer.dies = len(order)
+        elif not buffer.uses[1:]:
+            buffer.dies = buffer.born - 1
 
 
 def _share(i: int, kernel: Kernel, found: dict[Value, Buffer], graph: Graph) -> None:
@@ -205,13 +230,17 @@ def _outside_fast(buffers: list[Buffer], backend: Backend, count: int) -> list[t
         points = sorted({buffer.born, *(u for u in buffer.uses if u <= buffer.dies), buffer.dies + 1})
         for a, b in zip(points, points[1:], strict=False):
             (soon if b - a <= _SOON else spans).append((a, b - 1, buffer.size))
-    for a, b, size in sorted(soon, key=lambda s: (s[1] - s[0]) / s[2]):
+    for a, b, size in sorted(soon, key=_sooner):
         if max(used[a : b + 1]) + size <= backend.fast_bytes:
             for i in range(a, b + 1):
                 used[i] += size
         else:
             spans.append((a, b, size))
     return spans
+
+
+def _sooner(span: tuple[int, int, int]) -> float:
+    return (span[1] - span[0]) / span[2]
 
 
 _SOON = 48  # kernels

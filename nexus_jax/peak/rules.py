@@ -63,21 +63,23 @@ class Backend:
     fast_bytes: int
     descriptor_bytes: int
 
-    def sizer(self, graph: Graph) -> Callable[[Value], int]:
+    def sizer(self, graph: Graph | None) -> Callable[[Value], int]:
         """Bytes of a value in this device's layout."""
         if self.name == "gpu":
             return lambda value: -(-value.size // 256) * 256
-        images = {
-            (len(v.shape), v.shape[0], tuple(sorted(n.params["dimension_numbers"].lhs_spec[:2])))
-            for n in _all_nodes(graph)
-            if n.op == "conv_general_dilated"
-            for v in n.ins[:1]
-        }
-        tiled = {(rank, batch): dims for rank, batch, dims in images}
+        images: dict[tuple[int, int], tuple[int, ...]] = {}
+        for node in _all_nodes(graph) if graph is not None else ():
+            if node.op == "conv_general_dilated":
+                numbers = node.params["dimension_numbers"]
+                for value, spec in ((node.ins[0], numbers.lhs_spec), (node.outs[0], numbers.out_spec)):
+                    shape, dims = value.shape, sorted(spec[:2])
+                    if len(shape) == len(spec):
+                        images[shape[0], math.prod(shape)] = tuple(shape[d] for d in dims)
 
         def size(value: Value) -> int:
             shape = value.shape
-            return padded(shape, value.dtype, tiled.get((len(shape), shape[0])) if shape else None)
+            image = images.get((shape[0], math.prod(shape))) if len(shape) > 2 else None
+            return padded(shape, value.dtype, image)
 
         return size
 
@@ -89,24 +91,25 @@ def _all_nodes(graph: Graph) -> Iterator[Node]:
             yield from _all_nodes(body)
 
 
-def padded(shape: tuple[int, ...], dtype: Any, dims: tuple[int, ...] | None = None) -> int:
-    """Bytes on a TPU: two dimensions are cut into tiles of 8 x 128: of an image batch and features, else any two.
+def padded(shape: tuple[int, ...], dtype: Any, tiled: tuple[int, ...] | None = None) -> int:
+    """Bytes on a TPU: two dimensions, the compiler's choice, are cut into tiles of 8 x 128.
+
+    Args:
+        tiled: the sizes of the dimensions among which it chooses; of an image, batch and features.
 
     Example:
         >>> import numpy as np
-        >>> padded((16, 197, 64), np.dtype("float32")) == 16 * 200 * 128 * 4, padded((), np.dtype("float32"))
-        (False, 512)
+        >>> padded((16, 128, 128, 32), np.dtype("int16")) // 2**20
+        16
+        >>> padded((16, 128, 128, 32), np.dtype("int16"), tiled=(16, 32)) // 2**20
+        64
     """
     itemsize = getattr(dtype, "itemsize", 4)
     count = math.prod(shape)
     if len(shape) < 2 or count * itemsize <= 4096:
-        return -(-count * itemsize // 512) * 512
-    best = min(
-        (_up(shape[a], 128) * _up(shape[b], 8 if shape[b] > 4 else 4) / (shape[a] * shape[b]))
-        for a, b in itertools.permutations(dims or range(len(shape)), 2)
-        if shape[a] and shape[b]
-    ) if count else 1
-    return int(round(count * best)) * itemsize
+        return _up(count * itemsize, 512)
+    pairs = itertools.permutations(tiled or shape, 2)
+    return round(count * min(_up(a, 128) * _up(b, 8 if b > 4 else 4) / (a * b) for a, b in pairs)) * itemsize
 
 
 def _up(n: int, multiple: int) -> int:

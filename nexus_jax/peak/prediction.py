@@ -42,8 +42,9 @@ def predict(program: Program, target: Target) -> Prediction:
     backend = backend_of(target)
     size = backend.sizer(graph)
     found = life(graph, backend, size)
-    arguments = sum(size(v) for v in graph.inputs if v.users or v in graph.outputs)
-    outputs = sum(size(v) for v in graph.outputs if v is not None)
+    plain = backend.sizer(None)
+    arguments = sum(plain(v) for v in graph.inputs if v.users or v in graph.outputs)
+    outputs = sum(plain(v) for v in graph.outputs if v is not None)
     return Prediction(
         device_bytes=arguments + outputs + found.temp,
         temp_bytes=found.temp,
