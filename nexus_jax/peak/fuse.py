@@ -46,11 +46,14 @@ class _Fusion:
         fusible = self.fusible(node)
         if not fusible or (self.backend.fused_softmax and _is_shift(node)):
             self.written.update(node.outs)
-        if fusible or node.op in REDUCTIONS:
+        if fusible or (node.op in REDUCTIONS and not self._needs_operand(node)):
             return
         if node.op in CONTRACTIONS and self.backend.fused_operands:
             return
         self.written.update(node.ins)
+
+    def _needs_operand(self, node: Node) -> bool:
+        return node.op == "select_and_scatter_add" and self.backend.fused_operands
 
     def fusible(self, node: Node) -> bool:
         """Whether a fusion may hold this operation."""
@@ -111,6 +114,8 @@ class _Fusion:
                 once = size(out)
                 joined = node.op == "concatenate" and self.backend.fused_operands  # in pieces, by the matmul that reads it
                 again = (count - 1) * moved > (count + 1) * once and not joined
+                if self.backend.fused_operands and any(isinstance(r, tuple) for r in readers[out]):
+                    again = again or ((count - 1) * moved >= count * once and not joined)
                 slow = self.backend.keeps_expensive and node.op in EXPENSIVE and count > 1
                 if (again or slow or len(sources) > _WIDE) and sources:
                     self.written.add(out)

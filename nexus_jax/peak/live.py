@@ -44,7 +44,9 @@ def life(graph: Graph, backend: Backend, size: Callable[[Value], int], body: Nod
     """Simulate one run, or one step of the loop whose ``body`` this is."""
     found = kernels(graph, backend, size)
     plain = _simulated(_ordered(found, graph), graph, backend, size, body)
-    if body is not None:
+    if body is not None and backend.outputs_reused:
+        return _simulated(_stacked_last(_ordered(found, graph), graph, body), graph, backend, size, body)
+    if body is not None or any(k.node.op in LOOPS for k in found):
         return plain
     late = _simulated(_deferred(_ordered(found, graph), graph), graph, backend, size, body)
     return min(plain, late, key=lambda x: x.temp)
@@ -99,6 +101,22 @@ def _ordered(found: list[Kernel], graph: Graph) -> list[Kernel]:
         if sum(out.size for out in kernel.outs) > freed:
             kernel.position = min(k.position for k in users) - 1e-3 / (1 + kernel.node.position)
     return sorted(found, key=lambda k: k.position)
+
+
+def _stacked_last(order: list[Kernel], graph: Graph, body: Node) -> list[Kernel]:
+    """The same, with what only the stacked results of a loop need at the end of its step.
+
+    That is what the GPU's latency-hiding scheduler makes of it: in a loop's body, gradients of weights come last.
+    """
+    needed = {root(v) for v in graph.outputs[: body.params["carried"]] if v is not None}
+    early, late = [], []
+    for kernel in reversed(order):
+        if any(root(out) in needed for out in kernel.outs):
+            needed.update(kernel.ins)
+            early.append(kernel)
+        else:
+            late.append(kernel)
+    return early[::-1] + late[::-1]
 
 
 def _deferred(order: list[Kernel], graph: Graph) -> list[Kernel]:
