@@ -28,7 +28,7 @@ class Node:
         index: its place among the nodes of its flow.
         ins, outs: numbers of the values that it reads and makes; None for a literal.
         scope: its ``jax.named_scope`` path with those of the calls around it.
-        source: ``file.py:line (function)``.
+        within: the equations of those calls, outermost first.
         times: how often it runs, for each run of its flow (in a ``shard_map``, once a shard).
         bodies: of a loop or a branch, each a flow of its own.
     """
@@ -39,9 +39,15 @@ class Node:
     ins: tuple[int | None, ...]
     outs: tuple[int, ...]
     scope: str
-    source: str
+    within: tuple[Any, ...]
     times: int = 1
     bodies: tuple[Flow, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """``file.py:line (function)`` of the innermost frame outside JAX and Flax."""
+        lines = (_compat.source_line(eqn) for eqn in (self.eqn, *reversed(self.within)))
+        return next(filter(None, lines), "")
 
     # Of a scan, told by the types, since the parameters that say so change with JAX's version: what is stacked has an
     # axis more than in the body. Operands are constants, carried and stacked values; results are the last two.
@@ -70,10 +76,10 @@ class Flow:
 
     Args:
         jaxpr: an open jaxpr.
-        scope, source: those of the equation whose body this is.
+        scope, within: those of the equation whose body this is.
     """
 
-    def __init__(self, jaxpr: Any, scope: str = "", source: str = ""):
+    def __init__(self, jaxpr: Any, scope: str = "", within: tuple[Any, ...] = ()):
         self.jaxpr = jaxpr
         self.nodes: list[Node] = []
         self.maker: dict[int, tuple[Node, int]] = {}
@@ -81,21 +87,24 @@ class Flow:
         self._constant: dict[int, bool] = {}
         env = {var: next(_NUMBERS) for var in jaxpr.invars}
         self.inputs = [env[var] for var in jaxpr.invars]
-        self.outputs = self._add(jaxpr, env, scope, source, 1)
+        self.outputs = self._add(jaxpr, env, scope, within, 1)
 
-    def _add(self, jaxpr: Any, env: dict[Any, int], scope: str, source: str, times: int) -> list[int | None]:
+    def _add(
+        self, jaxpr: Any, env: dict[Any, int], scope: str, within: tuple[Any, ...], times: int
+    ) -> list[int | None]:
         for var in jaxpr.constvars:
             env[var] = next(_NUMBERS)
         read = lambda atom: None if isinstance(atom, jex.Literal) else env[atom]
         for eqn in jaxpr.eqns:
             ins = [read(atom) for atom in eqn.invars]
             inner = "/".join(x for x in (scope, _compat.scope_path(eqn)) if x)
-            line = _compat.source_line(eqn) or source
-            outs = self._opened(eqn, ins, inner, line, times) or self._node(eqn, ins, inner, line, times)
+            outs = self._opened(eqn, ins, inner, within, times) or self._node(eqn, ins, inner, within, times)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _opened(self, eqn: Any, ins: list[int | None], scope: str, source: str, times: int) -> list[int] | None:
+    def _opened(
+        self, eqn: Any, ins: list[int | None], scope: str, within: tuple[Any, ...], times: int
+    ) -> list[int] | None:
         """The values that an equation hands on or a call's body makes; None for an equation that stays one."""
         if eqn.primitive.name == "name" and ins[0] is not None:
             return [ins[0]]
@@ -107,12 +116,12 @@ class Flow:
         if eqn.primitive.name == "shard_map":
             times *= _shards(eqn)
         env = {var: next(_NUMBERS) if i is None else i for var, i in zip(body.invars, ins, strict=True)}
-        outs = self._add(body, env, scope, source, times)
+        outs = self._add(body, env, scope, (*within, eqn), times)
         return [next(_NUMBERS) if i is None else i for i in outs]
 
-    def _node(self, eqn: Any, ins: list[int | None], scope: str, source: str, times: int) -> list[int]:
+    def _node(self, eqn: Any, ins: list[int | None], scope: str, within: tuple[Any, ...], times: int) -> list[int]:
         op = eqn.primitive.name
-        bodies = tuple(Flow(body, scope, source) for body in _bodies(eqn)) if op in _STRUCTURED else ()
+        bodies = tuple(Flow(body, scope, (*within, eqn)) for body in _bodies(eqn)) if op in _STRUCTURED else ()
         outs = tuple(next(_NUMBERS) for _ in eqn.outvars)
         node = Node(
             op=op,
@@ -121,7 +130,7 @@ class Flow:
             ins=tuple(ins),
             outs=outs,
             scope=scope,
-            source=source,
+            within=within,
             times=times,
             bodies=bodies,
         )
@@ -187,6 +196,8 @@ def _shards(eqn: Any) -> int:
 # One value in another form: either makes the other, and compilers keep one of them.
 SAME = {"reshape", "squeeze", "expand_dims", "transpose", "rev", "copy", "copy_p", "optimization_barrier"}
 SAME |= {"random_wrap", "random_unwrap"}
+# The same numbers elsewhere: jax.checkpoint rounds what it keeps to the precision that it has.
+MOVED = SAME | {"device_put", "reduce_precision"}
 # A part or a repetition, which compilers read out of what it was made from (see nexus_jax.residuals).
 VIEWS = SAME | {"broadcast_in_dim", "slice"}
 # Past these one looks for what made a value.

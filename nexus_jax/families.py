@@ -53,12 +53,12 @@ def ranges(numbers: Sequence[int]) -> str:
 
     Example:
         >>> ranges([0, 1, 2, 3, 7]), ranges([0, 2, 4]), ranges(range(1, 96, 2))
-        ('0..3,7', '0,2,4', '1,3..95')
+        ('0..3,7', '0,2,4', '1..95 by 2')
     """
     numbers = list(numbers)
     steps = {b - a for a, b in itertools.pairwise(numbers)}
     if len(numbers) > 4 and len(steps) == 1 and steps != {1}:
-        return f"{numbers[0]},{numbers[1]}..{numbers[-1]}"
+        return f"{numbers[0]}..{numbers[-1]} by {steps.pop()}"
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][-1] + 1:

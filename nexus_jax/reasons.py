@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from nexus_jax import costs
-from nexus_jax.dataflow import SAME, VIEWS, Flow, Node, before
+from nexus_jax.dataflow import MOVED, VIEWS, Flow, Node, before
 from nexus_jax.scopes import module_path, phase
 
 
@@ -190,7 +190,7 @@ class Kept:
 
 def _names(flow: Flow, value: int) -> list[int]:
     """A value without its views; for what a scan stacks, the value in its body too."""
-    root = before(flow, value, SAME)
+    root = before(flow, value, MOVED)
     node, position = flow.maker.get(root, (None, 0))
     if node is None or node.op != "scan" or position < node.carried:
         return [root]
@@ -290,7 +290,7 @@ def _remake(
     narrow: dict[tuple[Node, frozenset[int]], _Tally] = {}
 
     def want(value: int | None) -> None:
-        if value is None or (name := before(flow, value, SAME)) in there:
+        if value is None or (name := before(flow, value, MOVED)) in there:
             return
         if name not in flow.maker:
             inputs.add(name)

@@ -112,10 +112,11 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Residuals(Sequence[Residual]):
-    """The residuals of one function, largest first; arguments that are kept anyway are apart and cost nothing.
+    """The residuals of one function, largest first; what is there anyway is apart and costs nothing.
 
-    ``.nbytes``, ``.device_bytes`` and ``.host_bytes`` are sums; ``.arguments`` are the parameters and inputs that the
-    backward pass reads again. Prints as a table.
+    ``.nbytes``, ``.device_bytes`` and ``.host_bytes`` are sums over what is kept. ``.arguments`` are the leaves of
+    ``jax.vjp`` that take no memory of their own: the parameters and inputs that the backward pass reads again, views of
+    those, and constants. Both together are all leaves. Prints as a table.
     """
 
     kept: tuple[Residual, ...]
@@ -179,6 +180,11 @@ def grouped(found: Iterable[Residual]) -> tuple[Group, ...]:
 def residuals(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Residuals:
     """Every residual of ``fn``, differentiated with respect to its floating-point arguments. Nothing is computed.
 
+    A view of an argument (reshaped, transposed, sliced, broadcast) is not counted: compilers read the argument instead.
+    An argument in another type is: XLA for GPUs keeps bfloat16 copies of float32 weights that matmuls read, XLA
+    for TPUs converts it twice. What is made of literals alone, as a causal mask is, is a constant: neither keeps one.
+    (Compiled by jax 0.12.0.1 for v5e and h200: by how temporary memory grows from 4 layers to 8.)
+
     Args:
         fn: a function of pytrees (arrays or ``ShapeDtypeStruct``) and nnx modules; flags and the like may be among
             its arguments.
@@ -192,10 +198,12 @@ def residuals(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Residuals:
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> x = jax.ShapeDtypeStruct((128, 256), jnp.float32)
-        >>> found = residuals(lambda x: jnp.sum(jnp.sin(x)), x)
-        >>> found.nbytes, found[0].op
-        (131072, 'cos')
+        >>> w, x = jax.ShapeDtypeStruct((256, 64), jnp.float32), jax.ShapeDtypeStruct((128, 256), jnp.float32)
+        >>> [found] = residuals(lambda w, x: jnp.sum(jnp.sin(x @ w)), w, x)
+        >>> found.op, found.nbytes, found.why
+        ('cos', 32768, 'factor of mul in the backward of the function')
+        >>> print(found.recompute)
+        1 dot_general, 4.2 MFLOP
     """
     fun, inputs = adapters.nnx.opened(fn, args, kwargs)
     arrays, rebuild = split(inputs, _DATA)
