@@ -7,8 +7,9 @@ XLA may cancel a copy to the host and back, or merge a recomputation with the fo
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -140,42 +141,74 @@ def _offload_cause(meant: int, found: int, target: Target) -> str:
 # --- recomputation -------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
+class _Matmuls:
+    """How many matmuls a module repeats, and how many elements they make."""
+
+    count: int = 0
+    elements: int = 0
+
+
 def _recomputations(program: Program, hlo: str) -> list[Check]:
-    meant = _meant(program.traced.jaxpr)
+    meant: dict[str, _Matmuls] = defaultdict(_Matmuls)
+    _add_meant(meant, program.traced.jaxpr)
     found = _found(hlo)
+    spare = _spare(meant, found)
     checks = []
-    for path, count in meant.items():
-        got = min(found.get(path, 0), count)
-        # Alike matmuls of one input are often merged into one: a module whose name is there has been recomputed.
-        cause = "" if got else "the compiler merged it with the forward pass, and keeps what it makes"
-        checks.append(Check(intent="recompute", what=path or "(no module)", meant=count, found=got, cause=cause))
+    for path, matmuls in meant.items():
+        got, cause = min(found[path].count, matmuls.count), ""
+        if not got and spare[_parent(path)] >= matmuls.elements:
+            # Matmuls of one input (queries, keys, values) are merged into one that bears one of their names.
+            spare[_parent(path)] -= matmuls.elements
+            got = matmuls.count
+        elif not got:
+            cause = "the compiler merged it with the forward pass, and keeps what it makes"
+        checks.append(
+            Check(intent="recompute", what=path or "(no module)", meant=matmuls.count, found=got, cause=cause)
+        )
     return checks
 
 
-def _meant(jaxpr: Any, outer: str = "") -> Counter[str]:
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _spare(meant: dict[str, _Matmuls], found: dict[str, _Matmuls]) -> Counter[str]:
+    """Elements that matmuls make beyond what the modules whose names they bear are meant to, by parent module."""
+    spare: Counter[str] = Counter()
+    for path, matmuls in found.items():
+        spare[_parent(path)] += max(matmuls.elements - meant[path].elements, 0) if path in meant else 0
+    return spare
+
+
+def _add_meant(meant: dict[str, _Matmuls], jaxpr: Any, outer: str = "") -> None:
     """Matmuls that the backward pass repeats, by module."""
-    count: Counter[str] = Counter()
     for eqn in jaxpr.eqns:
         scope = "/".join(x for x in (outer, _compat.scope_path(eqn)) if x)
         if eqn.primitive.name in _MATMULS and phase(scope) == "recompute":
-            count[module_path(scope)] += 1
+            made = meant[module_path(scope)]
+            made.count += 1
+            made.elements += math.prod(eqn.outvars[0].aval.shape)
         for value in eqn.params.values():
             for body in value if isinstance(value, tuple | list) else (value,):
                 if isinstance(body, jex.Jaxpr | jex.ClosedJaxpr):
-                    count += _meant(getattr(body, "jaxpr", body), scope)
-    return count
+                    _add_meant(meant, getattr(body, "jaxpr", body), scope)
 
 
-def _found(hlo: str) -> Counter[str]:
+def _found(hlo: str) -> dict[str, _Matmuls]:
     """The same, in the text of a compiled program: each repeated matmul keeps the scope that it was written in."""
-    count: Counter[str] = Counter()
-    for opcode, name in _INSTRUCTION.findall(hlo):
+    found: dict[str, _Matmuls] = defaultdict(_Matmuls)
+    for dimensions, opcode, name in _INSTRUCTION.findall(hlo):
         scope, _, op = name.rpartition("/")
         if opcode in _HLO_MATMULS and op in _MATMULS and phase(scope) == "recompute":
-            count[module_path(scope)] += 1
-    return count
+            made = found[module_path(scope)]
+            made.count += 1
+            made.elements += math.prod(int(n) for n in dimensions.split(",") if n)
+    return found
 
 
-# ``%dot.1 = f32[2,3]{1,0} dot(%a, %b), ..., metadata={op_name="..."``; cuBLAS calls are custom calls.
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = .*? ([a-z-]+)\(.*metadata=\{[^}]*op_name=\"([^\"]*)\"", re.M)
+# ``%dot.1 = f32[2,3]{1,0} dot(%a, %b), ..., metadata={op_name="..."``; a cuBLAS call is a custom call with a workspace.
+_INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?[\w.-]+ = \(?\w+\[([\d,]*)\].*? ([a-z-]+)\(.*metadata=\{[^}]*op_name=\"([^\"]*)\"", re.M
+)
 _HLO_MATMULS = {"dot", "convolution", "custom-call"}

@@ -40,8 +40,8 @@ class Measurement:
     limit_bytes: int | None
     flops: int
     message: str
-    seconds: float
-    cached: bool
+    seconds: float = dataclasses.field(compare=False)
+    cached: bool = dataclasses.field(compare=False)
     texts: Callable[[str], str | None] = dataclasses.field(repr=False, compare=False)
 
     @property
