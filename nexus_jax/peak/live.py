@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable
+
+import numpy as np
 
 from nexus_jax.peak.fuse import Kernel, kernels
 from nexus_jax.peak.graph import Graph, Node, Value, root
@@ -46,8 +49,10 @@ def life(graph: Graph, backend: Backend, size: Callable[[Value], int], body: Nod
     plain = _simulated(_ordered(found, graph), graph, backend, size, body)
     if body is not None and backend.outputs_reused:
         return _simulated(_stacked_last(_ordered(found, graph), graph, body), graph, backend, size, body)
-    if body is not None or any(k.node.op in LOOPS for k in found):
+    if body is not None:
         return plain
+    if backend.fast_bytes and any(k.node.op in LOOPS for k in found):
+        return _simulated(_after_loops(_ordered(found, graph)), graph, backend, size, body)
     late = _simulated(_deferred(_ordered(found, graph), graph), graph, backend, size, body)
     return min(plain, late, key=lambda x: x.temp)
 
@@ -65,11 +70,11 @@ def _simulated(
         temporaries = _without_reused(temporaries, results)
     spans = [(b.born, b.dies, b.size) for b in temporaries]
     if backend.fast_bytes:
-        spans = _outside_fast(temporaries, backend, len(order))
+        spans = _outside_fast(temporaries, inner, backend, len(order))
     spans += [(i, i, x.temp) for i, x in inner.items()]
     temp, when = _peak(spans, len(order))
     if backend.fast_bytes and body is None:
-        temp += _reported_twice(temp, spans, inner, order, backend)
+        temp = _tpu_report(spans, inner, len(order), backend)
     host, _ = _peak(
         [(b.born, b.dies, b.size) for b in buffers if b.value.host] + [(i, i, x.host) for i, x in inner.items()],
         len(order),
@@ -112,6 +117,19 @@ def _stacked_last(order: list[Kernel], graph: Graph, body: Node) -> list[Kernel]
     early, late = [], []
     for kernel in reversed(order):
         if any(root(out) in needed for out in kernel.outs):
+            needed.update(kernel.ins)
+            early.append(kernel)
+        else:
+            late.append(kernel)
+    return early[::-1] + late[::-1]
+
+
+def _after_loops(order: list[Kernel]) -> list[Kernel]:
+    """The same, with what no loop needs after the loops: the gradient of an output layer, the loss."""
+    needed: set[Value] = set()
+    early, late = [], []
+    for kernel in reversed(order):
+        if kernel.node.op in LOOPS or any(root(out) in needed for out in kernel.outs):
             needed.update(kernel.ins)
             early.append(kernel)
         else:
@@ -226,32 +244,77 @@ def _without_reused(temporaries: list[Buffer], results: list[Buffer]) -> list[Bu
     return left
 
 
-def _reported_twice(
-    temp: int, spans: list[tuple[int, int, int]], inner: dict[int, Life], order: list[Kernel], backend: Backend
-) -> int:
-    """libtpu adds what it calls fragmentation to its temporaries, which hold it already.
+def _tpu_report(spans: list[tuple[int, int, int]], inner: dict[int, Life], count: int, backend: Backend) -> int:
+    """Temporaries as libtpu reports them: twice what it allots, less what it counts as alive at the peak.
 
-    That is the holes left for the descriptors of copies to VMEM and back, and whatever a loop made and the program
-    holds after it: libtpu's count of what is alive forgets that.
+    It allots in the order of the program, each value in the smallest hole that is large enough; the descriptors of its
+    copies to VMEM and back take places of their own. What it counts as alive forgets what a loop made, once that is over.
     """
-    holes = len(order) * backend.descriptor_bytes
-    short = [(a, a, s) if a in inner else (a, b, s) for a, b, s in spans]
-    counted, _ = _peak(short, len(order))
-    return 2 * holes + temp - counted
+    allotted = _first_come(spans, count) + 2 * count * backend.descriptor_bytes
+    counted, _ = _peak([(a, a, s) if a in inner else (a, b, s) for a, b, s in spans], count)
+    return 2 * allotted - counted
 
 
-def _outside_fast(buffers: list[Buffer], backend: Backend, count: int) -> list[tuple[int, int, int]]:
-    """The spans that stay in the device's memory: what is used again soon waits in the fast one, while it has room."""
-    used = [0] * (count + 2)
+def _first_come(spans: list[tuple[int, int, int]], count: int) -> int:
+    """Bytes of a heap that serves these spans in their order, best fit."""
+    starts: list[list[tuple[int, int]]] = [[] for _ in range(count + 2)]
+    for a, b, size in spans:
+        if size and b >= a:
+            starts[a].append((size, b))
+    ends: list[list[tuple[int, int]]] = [[] for _ in range(count + 3)]
+    holes: list[tuple[int, int]] = []  # (offset, end), sorted
+    top = 0
+    for i in range(count + 1):
+        for offset, size in ends[i]:
+            holes = _freed(holes, offset, offset + size)
+        for size, last in sorted(starts[i], reverse=True):
+            fits = [h for h in holes if h[1] - h[0] >= size]
+            if fits:
+                hole = min(fits, key=lambda h: (h[1] - h[0], h[0]))
+            elif holes and holes[-1][1] == top:
+                hole = holes[-1]
+            else:
+                hole = (top, top)
+            offset = hole[0]
+            holes = [h for h in holes if h != hole]
+            if hole[1] > offset + size:
+                holes = sorted([*holes, (offset + size, hole[1])])
+            top = max(top, offset + size)
+            ends[min(last + 1, count + 2)].append((offset, size))
+    return top
+
+
+def _freed(holes: list[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:
+    joined = []
+    for a, b in holes:
+        if b == start:
+            start = a
+        elif a == end:
+            end = b
+        else:
+            joined.append((a, b))
+    return sorted([*joined, (start, end)])
+
+
+def _outside_fast(
+    buffers: list[Buffer], inner: dict[int, Life], backend: Backend, count: int
+) -> list[tuple[int, int, int]]:
+    """The spans that stay in the device's memory: what is used again soon waits in the fast one, while it has room.
+
+    Nothing waits there for the end of a loop.
+    """
+    used = np.zeros(count + 2, np.int64)
+    loops = sorted(inner)
     spans, soon = [], []
     for buffer in buffers:
         points = sorted({buffer.born, *(u for u in buffer.uses if u <= buffer.dies), buffer.dies + 1})
         for a, b in zip(points, points[1:], strict=False):
-            (soon if b - a <= _SOON else spans).append((a, b - 1, buffer.size))
+            at = bisect.bisect_left(loops, a)
+            beside = at == len(loops) or loops[at] > b
+            (soon if b - a <= _SOON and beside else spans).append((a, b - 1, buffer.size))
     for a, b, size in sorted(soon, key=_sooner):
-        if max(used[a : b + 1]) + size <= backend.fast_bytes:
-            for i in range(a, b + 1):
-                used[i] += size
+        if used[a : b + 1].max() + size <= backend.fast_bytes:
+            used[a : b + 1] += size
         else:
             spans.append((a, b, size))
     return spans
@@ -261,6 +324,6 @@ def _sooner(span: tuple[int, int, int]) -> float:
     return (span[1] - span[0]) / span[2]
 
 
-_SOON = 48  # kernels
+_SOON = 1000  # kernels
 
 __all__ = ["Buffer", "Callable", "Life", "life", "math"]
