@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from nexus_jax.peak.graph import Graph, Node, Value, root
-from nexus_jax.peak.rules import CONTRACTIONS, EXPENSIVE, FUSIBLE, LOOPS, REDUCTIONS, Backend
+from nexus_jax.peak.rules import CONTRACTIONS, EXPENSIVE, FUSIBLE, REDUCTIONS, Backend
 
 _MANY = 8  # readers; more are as many
 _WIDE = 24  # sources of one fusion
@@ -14,7 +14,10 @@ _WIDE = 24  # sources of one fusion
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Kernel:
-    """One thing that the device runs: reads ``ins``, writes ``outs``, at ``position`` of the program."""
+    """One thing that the device runs: reads ``ins``, writes ``outs``, at ``position`` of the program.
+
+    ``fused``: a fusion of elementwise operations, and no matmul, reduction or anything else.
+    """
 
     node: Node
     ins: list[Value]
@@ -33,7 +36,6 @@ class _Fusion:
         self.graph, self.backend, self.size = graph, backend, size
         self.results: set[Value] = {v for v in graph.outputs if v is not None}
         self.written: set[Value] = set(self.results)
-        self.fixed: set[Value] = set()
         for node in graph.nodes:
             self._require(node)
         if backend.fused_results:
@@ -46,14 +48,11 @@ class _Fusion:
         fusible = self.fusible(node)
         if not fusible or (self.backend.fused_softmax and _is_shift(node)):
             self.written.update(node.outs)
-        if fusible or (node.op in REDUCTIONS and not self._needs_operand(node)):
+        if fusible or (node.op in CONTRACTIONS and self.backend.fused_operands):
             return
-        if node.op in CONTRACTIONS and self.backend.fused_operands:
+        if node.op in REDUCTIONS and not (node.op == "select_and_scatter_add" and self.backend.tiled):
             return
         self.written.update(node.ins)
-
-    def _needs_operand(self, node: Node) -> bool:
-        return node.op == "select_and_scatter_add" and self.backend.fused_operands
 
     def fusible(self, node: Node) -> bool:
         """Whether a fusion may hold this operation."""
@@ -99,27 +98,29 @@ class _Fusion:
         return found
 
     def _decide(self, readers: dict[Value, frozenset]) -> None:
-        """Write a value when every reader's computing it anew would move more bytes than writing and reading it."""
+        """Write some of what could be computed by every reader anew."""
         self.sources: dict[Value, dict[Value, None]] = {}
-        size = self.size
         for node in self.graph.nodes:
             if node.op == "barrier":
                 continue
             sources = self._sources(node)
             for out in node.outs:
-                if out in self.written:
-                    continue
-                count = len(readers[out])
-                moved = sum(size(v) for v in sources)
-                once = size(out)
-                joined = node.op == "concatenate" and self.backend.fused_operands  # in pieces, by the matmul that reads it
-                again = (count - 1) * moved > (count + 1) * once and not joined
-                if self.backend.fused_operands and any(isinstance(r, tuple) for r in readers[out]):
-                    again = again or ((count - 1) * moved >= count * once and not joined)
-                slow = self.backend.keeps_expensive and node.op in EXPENSIVE and count > 1
-                if (again or slow or len(sources) > _WIDE) and sources:
-                    self.written.add(out)
-                self.sources[out] = sources
+                if out not in self.written:
+                    if sources and self._worth_writing(node, out, sources, readers[out]):
+                        self.written.add(out)
+                    self.sources[out] = sources
+
+    def _worth_writing(self, node: Node, out: Value, sources: dict[Value, None], readers: frozenset) -> bool:
+        """Whether the readers, each computing a value anew, would move more bytes than writing and reading it does."""
+        if node.op == "concatenate" and self.backend.fused_operands:
+            return False  # a matmul reads the pieces
+        count, once = len(readers), self.size(out)
+        moved = sum(self.size(v) for v in sources)
+        if len(sources) > _WIDE or (self.backend.keeps_expensive and node.op in EXPENSIVE and count > 1):
+            return True
+        if self.backend.fused_results and any(isinstance(r, tuple) for r in readers):
+            return (count - 1) * moved >= count * once  # a reduction has read the sources, and writes it on the way
+        return (count - 1) * moved > (count + 1) * once
 
     def _sources(self, node: Node) -> dict[Value, None]:
         found: dict[Value, None] = {}
@@ -131,7 +132,7 @@ class _Fusion:
         return found
 
     def kernels(self) -> list[Kernel]:
-        """The result."""
+        """One for each operation that writes something."""
         self.sources = {}
         found = []
         for node in self.graph.nodes:
@@ -165,6 +166,3 @@ def _is_shift(node: Node) -> bool:
 def _identity(node: Node) -> object:
     """Reductions of one module over the same values are one kernel."""
     return ("reduce", node.scope) if node.op in REDUCTIONS else node
-
-
-__all__ = ["LOOPS", "Kernel", "kernels"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +54,17 @@ class Graph:
 
 
 # What a value is called after these is the same memory.
-VIEWS = {"reshape", "squeeze", "expand_dims", "name", "stop_gradient", "copy_p", "pvary", "random_wrap", "random_unwrap"}
+VIEWS = {
+    "reshape",
+    "squeeze",
+    "expand_dims",
+    "name",
+    "stop_gradient",
+    "copy_p",
+    "pvary",
+    "random_wrap",
+    "random_unwrap",
+}
 # Equations that run their body once, in place.
 _INLINED = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_lin", "call"}
 _REMAT = {"checkpoint", "remat", "remat2"}
@@ -169,7 +178,19 @@ class _Builder:
         self.nodes.append(node)
 
 
-_CHEAP = {"convert_element_type", "broadcast_in_dim", "iota", "transpose", "mul", "add", "sub", "neg", "exp", "ge", "gt"}
+_CHEAP = {
+    "convert_element_type",
+    "broadcast_in_dim",
+    "iota",
+    "transpose",
+    "mul",
+    "add",
+    "sub",
+    "neg",
+    "exp",
+    "ge",
+    "gt",
+}
 
 
 def _loop_counts(eqn: Any) -> dict[str, int]:
@@ -244,8 +265,3 @@ def _without_dead(graph: Graph) -> Graph:
 def root(value: Value) -> Value:
     """The value whose memory this is."""
     return value.alias or value
-
-
-def total(values: Sequence[Value], size: Callable[[Value], int]) -> int:
-    """Bytes of these values, each memory once."""
-    return sum(size(v) for v in {root(v): None for v in values})

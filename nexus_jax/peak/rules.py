@@ -14,67 +14,194 @@ MIB = 2**20
 
 # Nothing of these is kept unless something that cannot compute it needs it: they are fused into what reads them.
 FUSIBLE = set(
-    """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type broadcast_in_dim cbrt ceil clamp
-    concatenate convert_element_type copy cos cosh digamma div dynamic_slice eq erf erf_inv erfc exp exp2 expm1 floor
-    full ge gt imag integer_pow iota is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pad
-    population_count pow real reduce_precision rem rev round rsqrt select_n shift_left shift_right_arithmetic
-    shift_right_logical sign sin sinh slice split sqrt square sub tan tanh transpose xor clz one_minus_square mul_add
-    reshape squeeze expand_dims stop_gradient random_bits random_fold_in random_seed random_split threefry2x32 broadcast
-    """.split()
+    [
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_any",
+        "and",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "bitcast_convert_type",
+        "broadcast_in_dim",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "concatenate",
+        "convert_element_type",
+        "copy",
+        "cos",
+        "cosh",
+        "digamma",
+        "div",
+        "dynamic_slice",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "full",
+        "ge",
+        "gt",
+        "imag",
+        "integer_pow",
+        "iota",
+        "is_finite",
+        "le",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "or",
+        "pad",
+        "population_count",
+        "pow",
+        "real",
+        "reduce_precision",
+        "rem",
+        "rev",
+        "round",
+        "rsqrt",
+        "select_n",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "sin",
+        "sinh",
+        "slice",
+        "split",
+        "sqrt",
+        "square",
+        "sub",
+        "tan",
+        "tanh",
+        "transpose",
+        "xor",
+        "clz",
+        "one_minus_square",
+        "mul_add",
+        "reshape",
+        "squeeze",
+        "expand_dims",
+        "stop_gradient",
+        "random_bits",
+        "random_fold_in",
+        "random_seed",
+        "random_split",
+        "threefry2x32",
+        "broadcast",
+    ]
 )
 # Their operands may be computed on the way in, their result is written.
-REDUCTIONS = {
-    f"reduce_{x}" for x in ("sum", "max", "min", "prod", "and", "or", "xor", "precision_sum")
-} | {"argmax", "argmin", "reduce", "reduce_window_max", "reduce_window_sum", "reduce_window", "reduce_window_min"}
-REDUCTIONS |= {"select_and_scatter_add", "select_and_gather_add"}
+REDUCTIONS = set(
+    [
+        "argmax",
+        "argmin",
+        "reduce",
+        "reduce_and",
+        "reduce_max",
+        "reduce_min",
+        "reduce_or",
+        "reduce_prod",
+        "reduce_sum",
+        "reduce_window",
+        "reduce_window_max",
+        "reduce_window_min",
+        "reduce_window_sum",
+        "reduce_xor",
+        "select_and_gather_add",
+        "select_and_scatter_add",
+    ]
+)
 CONTRACTIONS = {"dot_general", "conv_general_dilated"}
 # Too slow to do twice, says the GPU's cost model.
-EXPENSIVE = set("acos asin atan2 cos digamma erf erf_inv erfc lgamma pow sin tan tanh random_bits threefry2x32".split())
+EXPENSIVE = set(
+    [
+        "acos",
+        "asin",
+        "atan2",
+        "cos",
+        "digamma",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "lgamma",
+        "pow",
+        "sin",
+        "tan",
+        "tanh",
+        "random_bits",
+        "threefry2x32",
+    ]
+)
 # They write into their first operand where nothing else reads it.
-IN_PLACE = {"scatter", "scatter-add", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "dynamic_update_slice"}
+IN_PLACE = {
+    "scatter",
+    "scatter-add",
+    "scatter_add",
+    "scatter_mul",
+    "scatter_min",
+    "scatter_max",
+    "dynamic_update_slice",
+}
 LOOPS = {"scan", "while", "cond"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The rules of one compiler.
+    """The rules of one compiler, as seen in the buffer assignments and schedules that it wrote (jax 0.12, libtpu 0.0.50).
 
     Attributes:
-        name: ``"tpu"`` or ``"gpu"``.
+        tiled: the two minor dimensions of a value are padded to tiles of 8 x 128.
         fused_operands: matmuls compute their operands on the way in; else these are written first.
-        fused_results: an elementwise operation on a matmul's result is done on the way out, when it is the only reader.
+        fused_results: elementwise operations on a matmul's result are done on the way out, each being the only reader.
         keeps_expensive: what is slow to compute is written where two kernels read it.
-        outputs_reused: the memory of a result serves for temporaries until the result is written.
         fused_gather: a gather computes what it reads on the way; else its operand is written first.
         one_hot_scatter: a scatter of scalars (the gradient of ``take_along_axis``) is a comparison with an iota.
-        fused_softmax: a softmax is one kernel with its maximum.
+        fused_softmax: a log-softmax is one kernel with its maximum, and writes what it subtracted that from.
+        outputs_reused: the memory of a result serves for temporaries until the result is written.
+        stacked_last: in a loop's body, what only its stacked results need runs last.
+        outputs_after_loops: what no loop needs runs after the loops.
+        reports_holes_twice: the reported temporaries hold the holes of the heap twice.
         fast_bytes: memory beside the device's (VMEM) in which the compiler keeps what is used soon.
+        descriptor_bytes: what the descriptors of one kernel's copies to VMEM and back take in the heap.
     """
 
-    name: str
+    tiled: bool
     fused_operands: bool
     fused_results: bool
     keeps_expensive: bool
-    outputs_reused: bool
     fused_gather: bool
     one_hot_scatter: bool
     fused_softmax: bool
-    fast_bytes: int
-    descriptor_bytes: int
+    outputs_reused: bool
+    stacked_last: bool
+    outputs_after_loops: bool
+    reports_holes_twice: bool
+    fast_bytes: int = 0
+    descriptor_bytes: int = 0
 
-    def sizer(self, graph: Graph | None) -> Callable[[Value], int]:
-        """Bytes of a value in this device's layout."""
-        if self.name == "gpu":
-            return lambda value: -(-value.size // 256) * 256
-        images: dict[tuple[int, int], tuple[int, ...]] = {}
-        for node in _all_nodes(graph) if graph is not None else ():
-            if node.op == "conv_general_dilated":
-                numbers = node.params["dimension_numbers"]
-                for value, spec in ((node.ins[0], numbers.lhs_spec), (node.outs[0], numbers.out_spec)):
-                    shape, dims = value.shape, sorted(spec[:2])
-                    if len(shape) == len(spec):
-                        images[shape[0], math.prod(shape)] = tuple(shape[d] for d in dims)
+    def sizer(self, graph: Graph | None = None) -> Callable[[Value], int]:
+        """Bytes of a value in this device's layout; of arguments and results, without a graph."""
+        if not self.tiled:
+            return lambda value: _up(value.size, 256)
+        images = _images(graph) if graph is not None else {}
 
         def size(value: Value) -> int:
             shape = value.shape
@@ -82,6 +209,22 @@ class Backend:
             return padded(shape, value.dtype, image)
 
         return size
+
+
+def _images(graph: Graph) -> dict[tuple[int, int], tuple[int, ...]]:
+    """Batch and features of what convolutions read and write, by batch and number of elements.
+
+    A convolution wants these two dimensions in its tiles, and all values of an image's size are laid out as it is.
+    """
+    found = {}
+    for node in _all_nodes(graph):
+        if node.op == "conv_general_dilated":
+            numbers = node.params["dimension_numbers"]
+            for value, spec in ((node.ins[0], numbers.lhs_spec), (node.outs[0], numbers.out_spec)):
+                shape = value.shape
+                if len(shape) == len(spec):
+                    found[shape[0], math.prod(shape)] = tuple(shape[d] for d in sorted(spec[:2]))
+    return found
 
 
 def _all_nodes(graph: Graph) -> Iterator[Node]:
@@ -117,17 +260,30 @@ def _up(n: int, multiple: int) -> int:
 
 
 GPU = Backend(
-    name="gpu", fused_operands=False, fused_results=False, keeps_expensive=True, outputs_reused=True, fused_gather=True, one_hot_scatter=False, fused_softmax=True, fast_bytes=0, descriptor_bytes=0
+    tiled=False,
+    fused_operands=False,
+    fused_results=False,
+    keeps_expensive=True,
+    fused_gather=True,
+    one_hot_scatter=False,
+    fused_softmax=True,
+    outputs_reused=True,
+    stacked_last=True,
+    outputs_after_loops=False,
+    reports_holes_twice=False,
 )
 TPU = Backend(
-    name="tpu",
+    tiled=True,
     fused_operands=True,
     fused_results=True,
     keeps_expensive=False,
-    outputs_reused=False,
     fused_gather=False,
     one_hot_scatter=True,
     fused_softmax=False,
-    fast_bytes=112 * MIB,
-    descriptor_bytes=16 * 1024,
+    outputs_reused=False,
+    stacked_last=False,
+    outputs_after_loops=True,
+    reports_holes_twice=True,
+    fast_bytes=112 * MIB,  # of v5e's 128 MiB
+    descriptor_bytes=2 * 16 * 1024,
 )
