@@ -169,6 +169,8 @@ class _Builder:
         if key is not None:
             self.seen[key] = outs
         params = {**eqn.params, **_loop_counts(eqn)} if bodies else eqn.params
+        if name == "dot_general":  # the value may be another's, of another shape
+            params = {**params, "lhs_shape": tuple(eqn.invars[0].aval.shape)}
         self.append(Node(name, ins, outs, params, scope, bodies=bodies))
 
     def append(self, node: Node) -> None:

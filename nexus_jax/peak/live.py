@@ -54,6 +54,7 @@ def _simulated(order: list[Kernel], graph: Graph, backend: Backend, size: Size, 
     if backend.fast_bytes:
         spans = heap.outside_fast(temporaries, sorted(inner), backend.fast_bytes, count)
     spans += [(i, i, x.temp) for i, x in inner.items()]
+    spans += [(i, i, backend.scratch(k.node)) for i, k in enumerate(order)]
     temp, when = heap.peak(spans, count)
     if backend.reports_holes_twice and body is None:
         temp = _reported(spans, inner, count, backend)

@@ -180,6 +180,7 @@ class Backend:
         outputs_after_loops: what no loop needs runs after the loops.
         reports_holes_twice: the reported temporaries hold the holes of the heap twice.
         fast_bytes: memory beside the device's (VMEM) in which the compiler keeps what is used soon.
+        split_k: matmuls with few results and long sums are done in parts, each with partial sums of its own.
         descriptor_bytes: what the descriptors of one kernel's copies to VMEM and back take in the heap.
     """
 
@@ -196,6 +197,11 @@ class Backend:
     reports_holes_twice: bool
     fast_bytes: int = 0
     descriptor_bytes: int = 0
+    split_k: bool = False
+
+    def scratch(self, node: Node) -> int:
+        """Bytes that an operation needs while it runs, beside what it reads and writes."""
+        return _partial_sums(node) if self.split_k and node.op == "dot_general" else 0
 
     def sizer(self, graph: Graph | None = None) -> Callable[[Value], int]:
         """Bytes of a value in this device's layout; of arguments and results, without a graph."""
@@ -209,6 +215,25 @@ class Backend:
             return padded(shape, value.dtype, image)
 
         return size
+
+
+_TILE, _PROCESSORS, _LEAST_SUM = 128, 128, 256
+
+
+def _partial_sums(node: Node) -> int:
+    """A GPU's matmul is cut into tiles of 128 x 128; sums are split until every processor has one."""
+    (contracted, _), (batch, _) = node.params["dimension_numbers"]
+    shape = node.params["lhs_shape"]
+    sums = math.prod(shape[d] for d in contracted)
+    batches = math.prod(shape[d] for d in batch)
+    rows = math.prod(shape) // max(sums * batches, 1)
+    results = math.prod(node.outs[0].shape)
+    columns = results // max(rows * batches, 1)
+    tiles = batches * -(-rows // _TILE) * -(-columns // _TILE)
+    split = 1
+    while tiles * split < _PROCESSORS and sums // (2 * split) >= _LEAST_SUM:
+        split *= 2
+    return split * results * 4 if split > 1 else 0
 
 
 def _images(graph: Graph) -> dict[tuple[int, int], tuple[int, ...]]:
@@ -271,6 +296,7 @@ GPU = Backend(
     stacked_last=True,
     outputs_after_loops=False,
     reports_holes_twice=False,
+    split_k=True,
 )
 TPU = Backend(
     tiled=True,
