@@ -136,8 +136,8 @@ def predict_peak(
         >>> x = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
         >>> w = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
         >>> found = predict_peak(lambda w, x: jnp.sum(jnp.sin(x @ w)), w, x, target="h200")
-        >>> found.temp_bytes == 2 * 4096 * 1024 * 4  # x @ w, and the gradient with respect to it
-        True
+        >>> found.temp_bytes // 2**20  # 16 of x @ w, whose place its gradient takes; 8 of partial sums of w's gradient
+        24
     """
     program = step_of(fn, args, argnums if isinstance(argnums, int) else tuple(argnums), has_aux)
     return predict(program, find_target(target))
