@@ -8,6 +8,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import numpy as np
+
 from nexus_jax.peak.graph import Graph, Node, Value
 
 MIB = 2**20
@@ -212,9 +215,26 @@ class Backend:
         def size(value: Value) -> int:
             shape = value.shape
             image = images.get((shape[0], math.prod(shape))) if len(shape) > 2 else None
-            return padded(shape, value.dtype, image)
+            dtype = _HALF if graph is not None and _only_multiplied(value) else value.dtype
+            return padded(shape, dtype, image)
 
         return size
+
+
+_HALF = np.dtype("float16")
+
+
+def _only_multiplied(value: Value) -> bool:
+    """Whether a float32 value goes into matmuls only, which read bfloat16 at the default precision; or is summed beside."""
+    if value.dtype != np.float32 or value.node is None or not value.users:
+        return False
+    multiplied = [u for u in value.users if u.op in CONTRACTIONS and _is_default(u.params.get("precision"))]
+    return bool(multiplied) and all(u in multiplied or u.op in REDUCTIONS for u in value.users)
+
+
+def _is_default(precision: Any) -> bool:
+    kinds = precision if isinstance(precision, tuple) else (precision,)
+    return all(k is None or k == jax.lax.Precision.DEFAULT for k in kinds)
 
 
 _TILE, _PROCESSORS, _LEAST_SUM = 128, 128, 256
