@@ -27,11 +27,6 @@ class Instruction:
     computation: str
     parameter: int  # which one of its computation's it is, if it is one
 
-    @property
-    def moves(self) -> bool:
-        unnamed_call = self.opcode == "custom-call" and not self.scope
-        return self.opcode in _MOVES or unnamed_call or self.opcode.endswith(("-start", "-done"))
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Origin:
@@ -102,13 +97,26 @@ class Names:
         path, op = _split(own)
         if op in _STACKS:  # a scan writes its own name on what its steps stack up and take back
             path = max((path, *map(_module, self._around(found))), key=len)
-        if path or (own and not found.moves):
+        if path or (own and not self._moves(found)):
             return Origin(path or _function(own), op, phase(own) if _is_scope(own) else None)
         scope = self._before(found, _FAR) or self._after(found, _FAR)
         path, what = _split(scope)
-        does = op or re.sub("-(start|done)$", "", found.opcode)
-        op = f"{does} of {what}" if what and found.moves and what != does else does
-        return Origin(path, op, phase(own or scope) if _is_scope(own or scope) else None)
+        does = op or self._does(found)
+        handed_on = what and what != does and self._moves(found)
+        # Where it stands in the schedule tells when it is made; what it hands on was made at another time.
+        return Origin(path, f"{does} of {what}" if handed_on else does, phase(own) if _is_scope(own) else None)
+
+    def _does(self, made: Instruction) -> str:
+        root = self._roots.get(made.calls) if made.opcode == "fusion" else None
+        return re.sub("-(start|done)$", "", (root or made).opcode)
+
+    def _moves(self, made: Instruction) -> bool:
+        """Whether it hands on what it is given; an unnamed fusion by what it ends with."""
+        if made.opcode == "fusion" and not self._scope(made, ""):
+            root = self._roots.get(made.calls)
+            return root is not None and root.opcode in _MOVES
+        unnamed_call = made.opcode == "custom-call" and not made.scope
+        return made.opcode in _MOVES or unnamed_call or made.opcode.endswith(("-start", "-done"))
 
     def _around(self, made: Instruction) -> list[str]:
         """The scopes inside a fusion, of what it is given and of what reads it."""
@@ -123,7 +131,7 @@ class Names:
             part = int(index.split(",")[0])
             if part < len(root.operands):
                 element = self.instructions[root.operands[part]]
-                while not element.scope and element.moves and element.operands:
+                while not element.scope and self._moves(element) and element.operands:
                     element = self.instructions[element.operands[0]]
                 if element.scope:
                     return element.scope
@@ -137,7 +145,7 @@ class Names:
         if made.opcode == "parameter" and caller is not None:
             sources = caller.operands[made.parameter : made.parameter + 1]
         else:
-            sources = made.operands if made.moves else ()
+            sources = made.operands if self._moves(made) else ()
         for source in (self.instructions[name] for name in sources if name in self.instructions):
             scope = self._scope(source, "")
             found = scope if _split(scope)[0] else self._before(source, far - 1) if far else ""
@@ -154,7 +162,7 @@ class Names:
             scope = self._scope(reader, "")
             if _module(scope) and _split(scope)[1] not in _STACKS:
                 return scope
-        further = [r for r in readers if r.moves or _split(self._scope(r, ""))[1] in _STACKS]
+        further = [r for r in readers if self._moves(r) or _split(self._scope(r, ""))[1] in _STACKS]
         return next(filter(None, (self._after(r, far - 1) for r in further)), "") if far else ""
 
 
