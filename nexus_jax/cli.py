@@ -13,6 +13,7 @@ from typing import Any
 from nexus_jax import report
 
 TOO_LARGE = 3  # exit status: measured, and more than --max-device-bytes (or the target's memory with --must-fit)
+NOT_ENGAGED = 3  # exit status of ``engaged``: something that the policy wants did not happen
 FAILED = 2  # exit status: no answer; one line on standard error says why
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare": ("policies side by side", _compare),
         "timeline": ("device bytes over the step, as a picture and a page", _timeline),
         "fit": ("the largest batch that fits", _fit),
+        "engaged": ("whether the compiled step does what its policy wants", _engaged),
     }
     made = {}
     for name, (help_, run) in about.items():
@@ -252,6 +254,19 @@ def _fit(args: argparse.Namespace) -> int:
     )
     _show(args, found, found.as_dict())
     return 0
+
+
+def _engaged(args: argparse.Namespace) -> int:
+    from nexus_jax.compare import name_of
+    from nexus_jax.engaged import engaged
+
+    workload, target, found = _workload(args), _single_target(args), {}
+    for policy in args.policy or [None]:
+        loss, arguments = workload(policy)
+        found[name_of(policy)] = engaged(loss, *arguments, target=target, timeout=args.timeout)
+    text = "\n".join(f"{name or workload.name}\n{checks}" for name, checks in found.items())
+    _show(args, text, {name: checks.as_dict() for name, checks in found.items()})
+    return 0 if all(checks.engaged for checks in found.values()) else NOT_ENGAGED
 
 
 def _diff(args: argparse.Namespace) -> int:

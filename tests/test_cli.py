@@ -102,6 +102,13 @@ def test_timeline_writes_a_picture_and_a_page(capsys, tmp_path):
     assert written[".png"].read_bytes()[:4] == b"\x89PNG" and "<html" in written[".html"].read_text()[:200].lower()
 
 
+def test_engaged_is_a_status(capsys):
+    status, out, err = run(capsys, "engaged", "work.py:step", "--policy", "none", "--json")
+    assert (status, json.loads(out)) == (0, {"none": {"target": "local", "engaged": True, "checks": []}}), err
+    status, out, _ = run(capsys, "engaged", "work.py:step", "--policy", "offload_dot_with_no_batch_dims")
+    assert status == cli.NOT_ENGAGED and "NO: this device has no memory apart from the host's" in out
+
+
 def test_fit_finds_the_largest_batch(capsys):
     status, out, err = run(capsys, "fit", "work.py:step", "--limit", "4MiB", "--json")
     assert status == 0, err

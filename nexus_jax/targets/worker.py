@@ -32,7 +32,7 @@ def main(folder: pathlib.Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     start = time.perf_counter()
     try:
-        result = {"bytes": compile_job(job, (folder / "program").read_bytes(), folder)}
+        result: dict[str, Any] = {"bytes": compile_job(job, (folder / "program").read_bytes(), folder)}
     except Exception as error:  # every failure is an answer for the process that waits
         result = failure(error)
     result["seconds"] = round(time.perf_counter() - start, 3)

@@ -117,6 +117,11 @@ class ActivationOffloader:
         if self.pin_memory:
             return jax.device_put(x, jax.memory.Space.Host)
         # The one memory space that a program can name without naming a device is the pinned one.
+        if jax.device_count() > 1:
+            _say_once(
+                "pin_memory=False names one device in the program, so JAX refuses it for arrays that are sharded over "
+                f"several ({jax.device_count()} here): write pin_memory=True for those."
+            )
         return jax.device_put(x, SingleDeviceSharding(jax.devices()[0], memory_kind="unpinned_host"))
 
     def _to_device(self, x: Any) -> Any:

@@ -1,0 +1,80 @@
+"""The ways to run a stretch of the program: as it is, or as a boundary that keeps one of its frontier's choices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from nexus_jax.planner.allocate import Option
+from nexus_jax.planner.graph import Choice, Graph, price
+from nexus_jax.planner.solve import frontier, optimum
+from nexus_jax.planner.spans import Shape
+
+STEPS = 24  # points of a frontier, about
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a stretch is run: ``choice`` is None for as it is."""
+
+    choice: Choice | None
+
+
+class Options:
+    """The options of each shape, found once."""
+
+    def __init__(self, deadline: float = math.inf, steps: int | None = STEPS):
+        self.deadline, self.steps = deadline, steps
+        self.known: dict[tuple[Shape, bool], tuple[Option, ...]] = {}
+        self.solved = 0
+
+    def of(self, shape: Shape, whole: bool) -> tuple[Option, ...]:
+        """Its options; with ``whole``, only to recompute everything.
+
+        Raises:
+            SolverTimeout: the deadline passed.
+        """
+        key = (shape, whole)
+        if key not in self.known:
+            self.known[key] = self._found(shape, whole)
+        return self.known[key]
+
+    def _found(self, shape: Shape, whole: bool) -> tuple[Option, ...]:
+        if shape.effects:
+            return () if whole else (self.plain(shape),)
+        if whole:
+            found = [of_choice(shape, Choice(), floor=0)] if makeable(shape.graph) else []
+            return tuple(found)
+        self.solved += 1
+        points = frontier(shape.graph, steps=self.steps, deadline=self.deadline)
+        found = [self.plain(shape)]
+        found += [of_choice(shape, p.choice, floor=p.floor) for p in points]
+        return tuple(found)
+
+    def plain(self, shape: Shape) -> Option:
+        """The stretch as it is: what autodiff keeps, less what a compiler makes again by fusion."""
+        kept = optimum(shape.fused, 0, host=max(sum(shape.fused.sizes), 1), deadline=self.deadline)
+        if kept is None:
+            raise ValueError("a value that the backward pass needs has no equation: the program is not whole.")
+        nbytes = shape.crossing + price(shape.fused, kept).host
+        return Option(kept=nbytes, working=shape.transient, ticks=0, floor=nbytes, what=Way(None))
+
+
+def of_choice(shape: Shape, choice: Choice, floor: int | None = None) -> Option:
+    """A stretch as a boundary that keeps what is chosen."""
+    graph = shape.graph
+    paid = price(graph, choice)
+    made = {v for i in graph.again(choice.kept) for v in graph.ops[i].outs} - choice.kept - graph.free
+    working = sum(graph.sizes[v] for v in made & shape.written) + shape.transient
+    kept = shape.crossing + paid.device
+    least = kept if floor is None else shape.crossing + floor
+    return Option(kept=kept, working=working, ticks=paid.ticks, floor=least, what=Way(choice))
+
+
+def makeable(graph: Graph) -> bool:
+    """Whether everything can be made again."""
+    try:
+        graph.again(())
+    except ValueError:
+        return False
+    return True

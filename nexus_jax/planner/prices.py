@@ -1,0 +1,90 @@
+"""What an equation costs and what a value takes, for one target: the only place where the planner asks about devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from jax.extend import core as jex
+
+from nexus_jax import costs, flops
+from nexus_jax.peak import rules
+from nexus_jax.policy.rules import nbytes
+from nexus_jax.targets.compiler import Target
+
+Objective = Literal["seconds", "flops"]
+OBJECTIVES: tuple[Objective, ...] = ("seconds", "flops")
+_LOOPS = {"scan", "while", "cond"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+    """Bytes, FLOPs and seconds on a target.
+
+    Attributes:
+        target: where the step runs.
+        objective: what a plan has least of: ``"seconds"`` by the target's data sheet, or ``"flops"``. A target
+            without a sheet has FLOPs only.
+    """
+
+    target: Target
+    objective: Objective
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f'objective={self.objective!r}: write "seconds" or "flops".')
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.target.platform == "tpu"
+
+    def bytes_of(self, aval: Any) -> int:
+        """Bytes of a value in the target's memory: on a TPU, with the padding of its tiles."""
+        size = nbytes(aval)
+        shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
+        if self.is_tpu and size > 4096 and isinstance(getattr(dtype, "itemsize", None), int):
+            return rules.padded(tuple(shape), dtype)
+        return size
+
+    def flops_of(self, eqn: Any) -> int:
+        """FLOPs of an equation, loops inside multiplied out."""
+        found = costs.flops_of(eqn)
+        if found is not None and eqn.primitive.name not in _LOOPS:
+            return found
+        return flops.count_jaxpr(_alone(eqn)).flops
+
+    def picoseconds_of(self, eqn: Any) -> int:
+        """Time of an equation at best: its FLOPs, or its way through memory if it is a kernel of its own."""
+        sheet = self.target.sheet
+        count = self.flops_of(eqn)
+        if sheet is None:
+            return count
+        wide = any(getattr(v.aval, "dtype", None) is not None and v.aval.dtype.itemsize > 2 for v in eqn.invars)
+        seconds = count / (sheet.f32_flops if wide else sheet.bf16_flops)
+        if not is_fused(eqn):
+            moved = sum(nbytes(v.aval) for v in (*eqn.invars, *eqn.outvars))
+            seconds = max(seconds, moved / sheet.memory_bandwidth)
+        elif not is_view(eqn):  # it rides on a kernel that writes something; half its result is a fair share
+            seconds = max(seconds, sum(nbytes(v.aval) for v in eqn.outvars) / 2 / sheet.memory_bandwidth)
+        return math.ceil(seconds * 1e12)
+
+    def cost_of(self, eqn: Any) -> int:
+        """What running an equation again costs the plan: picoseconds or FLOPs."""
+        return self.flops_of(eqn) if self.objective == "flops" else self.picoseconds_of(eqn)
+
+
+def _alone(eqn: Any) -> Any:
+    ins = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal)))
+    return jex.Jaxpr([], ins, list(eqn.outvars), [eqn], eqn.effects)
+
+
+def is_view(eqn: Any) -> bool:
+    """Whether an equation is another name for the same bytes."""
+    return costs.kind_of(eqn) == "view"
+
+
+def is_fused(eqn: Any, keeps_expensive: bool = False) -> bool:
+    """Whether a compiler makes what an equation makes where it is used, instead of writing it to memory."""
+    name = eqn.primitive.name
+    return name in rules.FUSIBLE and not (keeps_expensive and name in rules.EXPENSIVE)

@@ -1,0 +1,128 @@
+"""A stretch of the program as a graph of integers, equal for equal stretches: each kind is solved once."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+
+from jax.extend import core as jex
+
+from nexus_jax.planner import prices
+from nexus_jax.planner.flat import Flat
+from nexus_jax.planner.graph import Graph, Op
+from nexus_jax.planner.needs import Needs, Step
+from nexus_jax.planner.prices import Prices
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """All that decides how a stretch can be run; equal for equal layers.
+
+    Attributes:
+        graph: its values and equations, renumbered.
+        fused: the same, where running an equation again means that a compiler fuses it twice; nothing else may.
+        written: values that are written to memory when they are made again.
+        crossing: bytes of what later stretches take from this one.
+        transient: bytes of gradients that are alive at once inside.
+        effects: whether something in it must happen exactly once.
+    """
+
+    graph: Graph
+    fused: Graph
+    written: frozenset[int]
+    crossing: int
+    transient: int
+    effects: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Span:
+    """The equations from ``start`` to ``stop``, their shape, and the value that each number of it stands for."""
+
+    start: int
+    stop: int
+    shape: Shape
+    values: tuple[int, ...]
+
+
+class Spans:
+    """Makes spans of one program."""
+
+    def __init__(self, flat: Flat, needs: Needs, price: Prices):
+        self.flat, self.needs, self.price = flat, needs, price
+        self.inputs = len(flat.jaxpr.invars)
+        self.sizes = [price.bytes_of(aval) for aval in needs.avals]
+        self.costs = [price.cost_of(eqn) for eqn in flat.eqns]
+        self.unit = max(1, sum(self.costs) // 10**9)  # a tick; so that HiGHS can tell them apart
+        order = sorted(range(len(needs.steps)), key=lambda i: needs.steps[i].home)
+        self.steps = [needs.steps[i] for i in order]
+        self.homes = [step.home for step in self.steps]
+        self.used: dict[int, int] = {}  # the last equation that takes a value
+        for i, eqn in enumerate(flat.eqns):
+            for v in eqn.invars:
+                if not isinstance(v, jex.Literal):
+                    self.used[flat.number[v]] = i
+        self.outputs = {flat.number[v] for v in flat.jaxpr.outvars if not isinstance(v, jex.Literal)}
+        self.step_costs = [price.cost_of(s.eqn) // self.unit if s.forward else 0 for s in self.steps]
+
+    def of(self, start: int, stop: int) -> Span:
+        """The span of equations ``start`` to ``stop``."""
+        low, high = (bisect.bisect_left(self.homes, i) for i in (start, stop))
+        steps = self.steps[low:high]
+        values = tuple(dict.fromkeys(v for s in steps for v in (*s.ins, *s.outs)))
+        local = {v: i for i, v in enumerate(values)}
+        made = {v for s in steps for v in s.outs}
+        out = {v for v in made if v < len(self.flat.number) and self.used.get(v, -1) >= stop}
+        free = frozenset(local[v] for v in values if v not in made or v in out or v in self.outputs)
+        needed = frozenset(local[v] for v in made & self.needs.residuals)
+        keepable = frozenset(local[v] for v in made if v in self.needs.named and v not in self.outputs)
+        sizes = tuple(self.sizes[v] for v in values)
+        ops = tuple(
+            Op(ins=_at(local, s.ins), outs=_at(local, s.outs), cost=cost, pinned=bool(s.eqn.effects))
+            for s, cost in zip(steps, self.step_costs[low:high], strict=True)
+        )
+        graph = Graph(sizes=sizes, ops=ops, needed=needed, free=free, keepable=keepable - free)
+        shape = Shape(
+            graph=graph,
+            fused=self._fused(graph, steps),
+            written=self._written(steps, local, needed),
+            crossing=sum(self.sizes[v] for v in out),
+            transient=self._transient(start, stop) + sum(self.sizes[v] for v in out),
+            effects=any(s.eqn.effects for s in steps),
+        )
+        return Span(start, stop, shape, values)
+
+    def _fused(self, graph: Graph, steps: Sequence[Step]) -> Graph:
+        """Where autodiff keeps a value, a compiler keeps what it is made of by cheap equations, if that is smaller."""
+        keeps = not self.price.is_tpu
+        ops = tuple(
+            dataclasses.replace(op, cost=0, pinned=not prices.is_fused(s.eqn, keeps))
+            for op, s in zip(graph.ops, steps, strict=True)
+        )
+        every = frozenset(range(len(graph.sizes))) - graph.free
+        return dataclasses.replace(graph, ops=ops, keepable=every, transfer=graph.sizes)
+
+    def _written(self, steps: Sequence[Step], local: dict[int, int], needed: frozenset[int]) -> frozenset[int]:
+        found: set[int] = set()
+        for s in steps:
+            if not prices.is_fused(s.eqn):
+                found.update(local[v] for v in s.outs)
+                if not (self.price.is_tpu and s.eqn.primitive.name == "dot_general"):
+                    found.update(local[v] for v in s.ins if local[v] in needed)
+        return frozenset(found)
+
+    def _transient(self, start: int, stop: int) -> int:
+        """Gradients of what the heaviest equation takes and makes."""
+        found = 0
+        for eqn in self.flat.eqns[start:stop]:
+            if prices.is_fused(eqn):
+                continue
+            ins = [self.flat.number[v] for v in eqn.invars if not isinstance(v, jex.Literal)]
+            outs = [self.flat.number[v] for v in eqn.outvars]
+            found = max(found, sum(self.sizes[v] for v in (*ins, *outs) if v >= self.inputs))
+        return found
+
+
+def _at(local: dict[int, int], values: Sequence[int]) -> tuple[int, ...]:
+    return tuple(local[v] for v in values)
