@@ -10,6 +10,7 @@ from nexus_jax.peak.rules import CONTRACTIONS, EXPENSIVE, FUSIBLE, REDUCTIONS, B
 
 _MANY = 8  # readers; more are as many
 _WIDE = 24  # sources of one fusion
+_LONGEST_ROW = 16384  # of a softmax that is one kernel; seen: 8192 is one, 32768 is not
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -147,7 +148,7 @@ class _Fusion:
 
 def _is_shift(node: Node) -> bool:
     """``x - max(x)`` of a log-softmax: the GPU's softmax kernel ends there, and writes it."""
-    if node.op != "sub" or len(node.ins) != 2:
+    if node.op != "sub" or len(node.ins) != 2 or node.ins[0].shape[-1:] > (_LONGEST_ROW,):
         return False
     x, other = node.ins
     for _ in range(5):
