@@ -187,7 +187,7 @@ def _bodies(eqn: Any) -> list[Any]:
 
 def _shards(eqn: Any) -> int:
     """How often a ``shard_map`` runs its body."""
-    mesh, manual = eqn.params["mesh"], eqn.params.get("manual_axes")
+    mesh, manual = eqn.params["mesh"], eqn.params.get("manual_axes") or eqn.params.get("newly_manual_axes")
     return math.prod(size for name, size in mesh.shape.items() if not manual or name in manual)
 
 
@@ -195,13 +195,11 @@ def _shards(eqn: Any) -> int:
 
 # One value in another form: either makes the other, and compilers keep one of them.
 SAME = {"reshape", "squeeze", "expand_dims", "transpose", "rev", "copy", "copy_p", "optimization_barrier"}
-SAME |= {"random_wrap", "random_unwrap"}
+SAME |= {"random_wrap", "random_unwrap", "pvary", "pcast", "sharding_constraint", "layout_constraint"}
 # The same numbers elsewhere: jax.checkpoint rounds what it keeps to the precision that it has.
 MOVED = SAME | {"device_put", "reduce_precision"}
 # A part or a repetition, which compilers read out of what it was made from (see nexus_jax.residuals).
 VIEWS = SAME | {"broadcast_in_dim", "slice"}
-# Past these one looks for what made a value.
-_HANDED_ON = {"device_put", "reduce_precision", "optimization_barrier", "copy", "copy_p"}
 
 
 def before(flow: Flow, value: int, ops: set[str]) -> int:
@@ -216,9 +214,9 @@ def before(flow: Flow, value: int, ops: set[str]) -> int:
 
 
 def origin(flow: Flow, value: int) -> Node | None:
-    """The equation that made a value, inside loops too; None for an argument or a constant."""
+    """The equation that made a value's numbers, inside loops too; None for an argument or a constant."""
     while value in flow.maker:
-        nearer = before(flow, value, _HANDED_ON)
+        nearer = before(flow, value, MOVED)
         if nearer in flow.maker:
             value = nearer
         node, position = flow.maker[value]

@@ -101,7 +101,7 @@ def flop(n: float) -> str:
 # --- why -----------------------------------------------------------------------------------------------------------
 
 # A residual may pass through these on its way to the equation that needs it.
-_PASSED = VIEWS | {"convert_element_type", "reduce_precision", "device_put", "sharding_constraint", "pvary", "pcast"}
+_PASSED = VIEWS | MOVED | {"convert_element_type"}
 
 
 class Reasons:

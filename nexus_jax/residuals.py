@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend import core as jex
 
 from nexus_jax import adapters
 from nexus_jax.boundary import is_floating, split
@@ -250,32 +249,31 @@ def _read(jaxpr: Any, names: list[str]) -> Residuals:
     """The residuals of a program that returns them, and the results of the call that is its backward pass."""
     at = max(i for i, eqn in enumerate(jaxpr.eqns) if eqn.params.get("name") == _BACKWARD)
     call = jaxpr.eqns[at]
-    count = len(jaxpr.outvars) - len(call.outvars)
-    leaves = [x for x in jaxpr.outvars[:count] if not isinstance(x, jex.Literal)]
-    forward = Flow(jaxpr.replace(eqns=jaxpr.eqns[:at], outvars=leaves))
-    backward = Flow(call.params["jaxpr"].jaxpr)
-    reads: dict[Any, list[int]] = defaultdict(list)
-    for x, value in zip(call.invars[:count], backward.inputs, strict=False):
-        if not isinstance(x, jex.Literal):
-            reads[x].append(value)
+    leaves = jaxpr.outvars[: len(jaxpr.outvars) - len(call.outvars)]
+    flow = Flow(jaxpr.replace(eqns=jaxpr.eqns[:at], outvars=leaves))
+    backward = Reasons(Flow(call.params["jaxpr"].jaxpr))
 
-    avals, used = {}, defaultdict(set)
-    for x, value in zip(leaves, forward.outputs, strict=True):  # one value may be several leaves: counted once
-        avals[value] = x.aval
-        used[value].update(reads[x])
-    reason = Reasons(backward)
-    there = dict(zip(forward.inputs, names, strict=False))
-    apart = {value: known for value in avals if (known := _apart(forward, value, there))}
-    kept = Kept(forward, (value for value in avals if value not in apart))
-    found, arguments = [], []
-    for value, aval in avals.items():
-        uses = reason.uses(used[value])
+    found: dict[int, _Leaf] = {}  # one value may be several leaves: counted once
+    for leaf, value, read in zip(leaves, flow.outputs, backward.flow.inputs, strict=False):
+        number = -len(found) - 1 if value is None else value  # a literal is a value of its own
+        found.setdefault(number, _Leaf(leaf.aval, [])).read_as.append(read)
+    there = dict(zip(flow.inputs, names, strict=False))
+    apart = {value: known for value in found if (known := _apart(flow, value, there))}
+    kept = Kept(flow, (value for value in found if value not in apart))
+    made, arguments = [], []
+    for value, leaf in found.items():
+        uses = backward.uses(leaf.read_as)
         if value in apart:
-            arguments.append(_residual(aval, forward, value, uses=uses, **apart[value]))
+            arguments.append(_residual(leaf.aval, flow, value, uses=uses, **apart[value]))
         else:
-            made = _made_by(origin(forward, value))
-            found.append(_residual(aval, forward, value, uses=uses, recompute=kept.recompute(value), **made))
-    return Residuals(*(tuple(sorted(x, key=lambda r: -r.nbytes)) for x in (found, arguments)))
+            known = _made_by(origin(flow, value))
+            made.append(_residual(leaf.aval, flow, value, uses=uses, recompute=kept.recompute(value), **known))
+    return Residuals(*(tuple(sorted(x, key=lambda r: -r.nbytes)) for x in (made, arguments)))
+
+
+class _Leaf(NamedTuple):
+    aval: Any
+    read_as: list[int]
 
 
 def _residual(aval: Any, flow: Flow, value: int, **known: Any) -> Residual:
