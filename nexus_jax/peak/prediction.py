@@ -62,7 +62,9 @@ def predict(program: Program, target: Target) -> Prediction:
     """Simulate what the target's compiler does with a program's memory; nothing is compiled.
 
     It knows what compilers fuse and what they write, in which order they run it and where they put it. It takes
-    milliseconds per layer, and grows as their number does. See ``benchmarks/peak_table.py`` for how far it is off.
+    milliseconds per layer, and grows as their number does. See ``benchmarks/peak_table.py`` for how far it is off: it was
+    held against v5e and h200; other TPUs are taken to have the VMEM of a v5e, which matters where a step needs little
+    more than that (112 MiB).
 
     Args:
         program: a step, from :func:`nexus_jax.program.step_of`.

@@ -16,143 +16,29 @@ from nexus_jax.peak.graph import Graph, Node, Value
 MIB = 2**20
 
 # Nothing of these is kept unless something that cannot compute it needs it: they are fused into what reads them.
-FUSIBLE = set(
-    [
-        "abs",
-        "acos",
-        "acosh",
-        "add",
-        "add_any",
-        "and",
-        "asin",
-        "asinh",
-        "atan",
-        "atan2",
-        "atanh",
-        "bitcast_convert_type",
-        "broadcast_in_dim",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "concatenate",
-        "convert_element_type",
-        "copy",
-        "cos",
-        "cosh",
-        "digamma",
-        "div",
-        "dynamic_slice",
-        "eq",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "full",
-        "ge",
-        "gt",
-        "imag",
-        "integer_pow",
-        "iota",
-        "is_finite",
-        "le",
-        "lgamma",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "or",
-        "pad",
-        "population_count",
-        "pow",
-        "real",
-        "reduce_precision",
-        "rem",
-        "rev",
-        "round",
-        "rsqrt",
-        "select_n",
-        "shift_left",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "sin",
-        "sinh",
-        "slice",
-        "split",
-        "sqrt",
-        "square",
-        "sub",
-        "tan",
-        "tanh",
-        "transpose",
-        "xor",
-        "clz",
-        "one_minus_square",
-        "mul_add",
-        "reshape",
-        "squeeze",
-        "expand_dims",
-        "stop_gradient",
-        "random_bits",
-        "random_fold_in",
-        "random_seed",
-        "random_split",
-        "threefry2x32",
-        "broadcast",
-    ]
-)
+_FUSIBLE = """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type broadcast_in_dim cbrt ceil
+    clamp concatenate convert_element_type copy cos cosh digamma div dynamic_slice eq erf erf_inv erfc exp exp2
+    expm1 floor full ge gt imag integer_pow iota is_finite le lgamma log log1p logistic lt max min mul ne neg
+    nextafter not or pad population_count pow real reduce_precision rem rev round rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt square sub tan tanh transpose xor
+    clz one_minus_square mul_add reshape squeeze expand_dims stop_gradient random_bits random_fold_in
+    random_seed random_split threefry2x32 broadcast
+"""
+FUSIBLE = frozenset(_FUSIBLE.split())
 # Their operands may be computed on the way in, their result is written.
-REDUCTIONS = set(
-    [
-        "argmax",
-        "argmin",
-        "reduce",
-        "reduce_and",
-        "reduce_max",
-        "reduce_min",
-        "reduce_or",
-        "reduce_prod",
-        "reduce_sum",
-        "reduce_window",
-        "reduce_window_max",
-        "reduce_window_min",
-        "reduce_window_sum",
-        "reduce_xor",
-        "select_and_gather_add",
-        "select_and_scatter_add",
-    ]
-)
+_REDUCTIONS = """
+    argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_window
+    reduce_window_max reduce_window_min reduce_window_sum reduce_xor select_and_gather_add
+    select_and_scatter_add
+"""
+REDUCTIONS = frozenset(_REDUCTIONS.split())
 CONTRACTIONS = {"dot_general", "conv_general_dilated"}
 # Too slow to do twice, says the GPU's cost model.
-EXPENSIVE = set(
-    [
-        "acos",
-        "asin",
-        "atan2",
-        "cos",
-        "digamma",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "lgamma",
-        "pow",
-        "sin",
-        "tan",
-        "tanh",
-        "random_bits",
-        "threefry2x32",
-    ]
-)
+_EXPENSIVE = """
+    acos asin atan2 cos digamma erf erf_inv erfc lgamma pow sin tan tanh random_bits threefry2x32
+"""
+EXPENSIVE = frozenset(_EXPENSIVE.split())
 # They write into their first operand where nothing else reads it.
 IN_PLACE = {
     "scatter",
