@@ -30,6 +30,7 @@ DEVELOPED = [
     "gpt_scanned:none",
     "gpt_scanned:all",
     "gpt_nnx:none",
+    "gpt_nnx:all",
     "bert:none",
     "bert:all",
     "scan_offload:none",
