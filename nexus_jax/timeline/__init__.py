@@ -10,4 +10,6 @@ from nexus_jax.timeline.model import Point as Point
 from nexus_jax.timeline.model import Sums as Sums
 from nexus_jax.timeline.model import Timeline as Timeline
 from nexus_jax.timeline.model import grouped as grouped
+from nexus_jax.timeline.page import write_html as write_html
+from nexus_jax.timeline.picture import draw as draw
 from nexus_jax.timeline.show import table as table

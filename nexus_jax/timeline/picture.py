@@ -14,6 +14,7 @@ from nexus_jax.timeline.model import Group, Timeline, grouped
 _LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#3a3a3a", "#56b4e9")
 PHASES = {"forward": "#b7d3ea", "backward": "#f2c681", "recompute": "#bf4a3a"}
 _WIDTH, _HEIGHT, _STRIP = 11.5, 5.2, 0.3  # inches; one strip more for each policy
+_COLUMNS = 4  # of the legend
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
@@ -66,7 +67,7 @@ def _fill(figure: Any, lines: Mapping[str, Timeline], capacity: int | None) -> N
     beside = figure.add_axes((0.66, 0.02, 0.335, 0.96))
     unit, scale = _unit(max(t.reserved for t in lines.values()))
     for (name, t), color in zip(lines.items(), itertools.cycle(_LINES), strict=False):
-        _curve(curves, name, t, color, scale, fill=len(lines) <= 2)
+        _curve(curves, name, t, color, scale, few=len(lines))
     _capacity(curves, capacity, max(t.reserved for t in lines.values()) / scale, scale)
     curves.set_ylabel(f"device memory, {unit}")
     curves.set_xlim(0, max(len(t.points) for t in lines.values()))
@@ -74,8 +75,9 @@ def _fill(figure: Any, lines: Mapping[str, Timeline], capacity: int | None) -> N
     curves.grid(axis="y", color="#dddddd", linewidth=0.6)
     curves.set_axisbelow(True)
     curves.spines[["top", "right"]].set_visible(False)
-    style = dict(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=2, fontsize=8, frameon=False, borderaxespad=0.2)
-    _plain(curves.legend(**style).texts)
+    columns = min(len(lines) + (capacity is not None), _COLUMNS)
+    style = dict(loc="lower left", bbox_to_anchor=(-0.01, 1), fontsize=8, frameon=False, borderaxespad=0.2)
+    _plain(curves.legend(ncols=columns, columnspacing=1.4, **style).texts)
     _strips(strips, lines)
     _largest(beside, lines)
 
@@ -84,13 +86,14 @@ def _unit(most: float) -> tuple[str, int]:
     return next((name, size) for name, size in _UNITS if most >= size or size == 1)
 
 
-def _curve(axes: Any, name: str, t: Timeline, color: str, scale: int, fill: bool) -> None:
+def _curve(axes: Any, name: str, t: Timeline, color: str, scale: int, few: int) -> None:
     steps = [p.step for p in t.points] + [len(t.points)]
     used = [p.bytes / scale for p in t.points] + [t.points[-1].bytes / scale]
     axes.plot(steps, used, drawstyle="steps-post", color=color, linewidth=1.3, label=f"{name}: in use")
-    if fill:
+    if few <= 2:
         axes.fill_between(steps, used, step="post", color=color, alpha=0.12, linewidth=0)
-    label = f"{name}: set aside, {report.size(t.reserved)}"
+    # Named in the legend where there is room.
+    label = f"{name}: set aside, {report.size(t.reserved)}" if few < _COLUMNS else None
     axes.axhline(t.reserved / scale, color=color, linewidth=1, linestyle=(0, (5, 3)), label=label)
     axes.plot([t.peak_step + 0.5], [t.peak_bytes / scale], "o", color=color, markersize=6, markeredgecolor="white")
 
@@ -156,11 +159,10 @@ def _largest(axes: Any, lines: Mapping[str, Timeline]) -> None:
 
 
 def about(group: Group) -> str:
-    """``"12 x bf16[8,1024,1024], dot_general, made in the forward pass"``."""
+    """``"12 x bf16[8,1024,1024], dot_general, forward"``."""
     each, count = group.each, len(group.members)
-    made = {None: each.kind, "recompute": "recomputed"}.get(each.phase, f"made in {each.phase}")
     op = "" if each.op in ("", each.kind) else f", {each.op}"
-    return f"{count} x {each.shape}{op}, {made}"
+    return f"{count} x {each.shape}{op}, {each.phase or each.kind}"
 
 
 def _text(axes: Any, x: float, y: float, text: str, size: float = 9, **style: Any) -> None:
