@@ -151,7 +151,7 @@ class Flow:
                 pending.pop()
                 continue
             node = self.maker[now][0] if now in self.maker else None
-            if node is None or costs.kind_of(node.eqn) not in ("view", "fused", "slice"):
+            if node is None or node.op == "device_put" or costs.kind_of(node.eqn) not in ("view", "fused", "slice"):
                 self._constant[now] = False
                 continue
             ins = [i for i in node.ins if i is not None]

@@ -30,7 +30,8 @@ class Model(nn.Module):
 def step(policy="none", batch=64, extra=False):
     model = nj.apply_selective_checkpointing(Model(), policy)
     x = jax.ShapeDtypeStruct((batch, 64), jnp.float32)
-    loss = lambda p, x: jnp.mean(model.apply(p, x) ** 2) + extra * jnp.mean(jnp.sin(model.apply(p, x)))
+    more = lambda p, x: jnp.mean(jnp.sin(model.apply(p, 2 * x))) if extra else 0.0
+    loss = lambda p, x: jnp.mean(model.apply(p, x) ** 2) + more(p, x)
     return loss, (jax.eval_shape(model.init, jax.random.key(0), x), x)
 
 
@@ -95,7 +96,9 @@ def test_residuals(capsys):
 
 
 def test_timeline_writes_a_picture_and_a_page(capsys, tmp_path):
-    status, out, err = run(capsys, "timeline", "work.py:step", "--policy", "none", "--policy", "all", "--out", "pictures")
+    status, out, err = run(
+        capsys, "timeline", "work.py:step", "--policy", "none", "--policy", "all", "--out", "pictures"
+    )
     assert status == 0, err
     written = {p.suffix: p for p in (tmp_path / "pictures").iterdir()}
     assert set(written) == {".png", ".svg", ".html"} and "blocks" in out

@@ -39,9 +39,14 @@ def gpt():
     return model, model.init(jax.random.key(0), TOKENS)
 
 
+def leaves(found):
+    """What is kept, with the views of weights and the constants that compilers would do without: all may be moved."""
+    return [*found, *(r for r in found.arguments if r.op != "argument" and r.shape)]
+
+
 def big(found, mb):
     """Bytes of floating-point residuals of at least the threshold."""
-    return sum(r.nbytes for r in found if r.dtype == "float32" and r.nbytes >= mb * 2**20)
+    return sum(r.nbytes for r in leaves(found) if r.dtype == "float32" and r.nbytes >= mb * 2**20)
 
 
 @pytest.mark.parametrize("mb", [1.5 * KB, 2 * KB, 8 * KB])
@@ -53,7 +58,7 @@ def test_context_moves_every_float_residual_from_the_threshold_up(gpt, mb):
         inside = nj.residuals(lambda p: model.apply(p, TOKENS), params)
         grads = unfused(jax.grad(logits), params)
     assert inside.host_bytes == big(plain, mb) > 0
-    assert inside.nbytes == plain.nbytes
+    assert sum(r.nbytes for r in leaves(inside)) == sum(r.nbytes for r in leaves(plain))
     assert_close(unfused(jax.grad(logits), params), grads)
 
 
@@ -124,7 +129,7 @@ def test_composes_with_selective_checkpointing(make):
         both = nj.residuals(lambda p: ours.apply(p, TOKENS), params)
         grads = jax.grad(linen_loss(ours, TOKENS))(params)
     kept = nj.residuals(lambda p: ours.apply(p, TOKENS), params)
-    assert both.nbytes == kept.nbytes  # recomputed is recomputed,
+    assert sum(r.nbytes for r in leaves(both)) == sum(r.nbytes for r in leaves(kept))  # recomputed is recomputed,
     assert both.host_bytes == big(kept, 2 * KB) > 0  # and the rest is moved
     assert_close(jax.grad(linen_loss(model, TOKENS))(params), grads, 1e-5)
 
