@@ -118,8 +118,9 @@ def target_mesh(name: str, **axes: int) -> AbstractMesh:
         ValueError: sizes that do not multiply to the number of devices.
 
     Example:
-        >>> target_mesh("v5e:4x4", data=4, model=4).shape
-        OrderedDict({'data': 4, 'model': 4})
+        >>> mesh = target_mesh("v5e:4x4", data=4, model=4)
+        >>> mesh.axis_names, mesh.axis_sizes
+        (('data', 'model'), (4, 4))
     """
     devices = find_target(name).devices
     axes = axes or {"data": devices}
