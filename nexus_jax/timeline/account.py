@@ -72,7 +72,7 @@ def parse(*, buffer_assignment: str, live_range: str, hlo: str) -> Timeline:
         host_buffers=_buffers(on_host, plan, names, phases, "host"),
         device=_sums(on_device),
         host=_sums(on_host),
-        on_chip=sum(a.bytes for a in found) - sum(a.bytes for a in (*on_device, *on_host)),
+        on_chip=sum(a.bytes for a in found if a.color not in (0, HOST)) if _is_tpu(found) else 0,
     )
 
 
@@ -93,10 +93,15 @@ def _check(text: str, found: Sequence[Allocation], plan: Schedule, names: Names)
 
 def _memories(found: Sequence[Allocation]) -> tuple[list[Allocation], list[Allocation]]:
     """Those of the device and of the host; a TPU's on-chip memories are left out."""
-    # Layouts are tiled on TPUs only; elsewhere every color but the host's is device memory.
-    tiled = any(":T(" in v.shape for a in found for v in a.values)
-    device = [a for a in found if a.color == 0 or (a.color != HOST and not tiled)]
-    return device, [a for a in found if a.color == HOST]
+    tpu = _is_tpu(found)
+    device = [a for a in found if a.color == 0 or (a.color != HOST and not tpu)]
+    # What a nested computation keeps for itself takes device memory on a TPU only.
+    return [a for a in device if tpu or a.kind != "thread-local"], [a for a in found if a.color == HOST]
+
+
+def _is_tpu(found: Sequence[Allocation]) -> bool:
+    """Layouts are tiled on TPUs only."""
+    return any(":T(" in v.shape for a in found for v in a.values)
 
 
 def _sums(found: Sequence[Allocation]) -> Sums:

@@ -99,9 +99,10 @@ class Timeline:
     Two sums are told apart. ``reserved`` is what the compiler sets aside for the whole step. ``peak_bytes`` is the most
     that is in use at any point of it. Between them are outputs that are not written yet and holes between buffers.
 
-    ``device_bytes`` is the compiler's own figure, as ``memory_analysis()`` gives it for GPUs and CPUs: arguments +
-    outputs - aliased + temporaries. libtpu gives more: to the temporaries it adds what it takes to be fragmentation,
-    which is in them already. Against the memory of a TPU it checks ``reserved``, as here.
+    ``reserved`` is the compiler's own total, which jax 0.12 gives as ``memory_analysis().total_allocation_bytes``; on a
+    TPU it is what is held against the memory of the chip. ``device_bytes`` is the part of it without constants, arguments +
+    outputs - aliased + temporaries, as ``memory_analysis()`` sums up to on GPUs and CPUs. The temporaries that libtpu
+    gives there are another figure: they hold the fragmentation twice, or not at all.
 
     Attributes:
         points: every instruction, in order.
@@ -126,8 +127,8 @@ class Timeline:
 
     @property
     def reserved(self) -> int:
-        """``device_bytes`` and the program's constants."""
-        return self.device_bytes + self.device.constants
+        """The compiler's total: ``device_bytes``, the program's constants and a TPU's thread-local scalars."""
+        return self.device_bytes + self.device.constants + self.device.thread_local
 
     @functools.cached_property
     def peak_step(self) -> int:
@@ -157,7 +158,7 @@ class Timeline:
     @property
     def fragmentation(self) -> int:
         """Bytes of holes at the peak: set aside for temporaries, and used by none."""
-        return self.reserved - self.peak_bytes - self.unwritten
+        return self.device_bytes + self.device.constants - self.peak_bytes - self.unwritten
 
     def host_temp_by_size(self) -> dict[int, int]:
         """Host bytes of temporaries by the size of one buffer; sizes are those of the arrays, without padding."""

@@ -97,7 +97,7 @@ class Names:
         path, op = _split(own)
         if op in _STACKS:  # a scan writes its own name on what its steps stack up and take back
             path = max((path, *map(_module, self._around(found))), key=len)
-        if path or (own and not self._moves(found)):
+        if path or (_is_scope(own) and not self._moves(found)):
             return Origin(path or _function(own), op, phase(own) if _is_scope(own) else None)
         scope = self._before(found, _FAR) or self._after(found, _FAR)
         path, what = _split(scope)

@@ -16,21 +16,20 @@ def table(t: Timeline) -> str:
 def _sums(t: Timeline) -> str:
     d = t.device
     rows = [
-        ("device bytes", t.device_bytes, "arguments + outputs - aliased + temporaries: the compiler's own figure"),
+        ("set aside", t.reserved, "by the compiler, for the whole step"),
         ("  arguments", d.arguments, ""),
         ("  outputs", d.outputs, ""),
-        ("  aliased", d.aliased, "arguments whose memory takes an output"),
+        ("  aliased", -d.aliased, "outputs that take the memory of an argument"),
         ("  temporaries", d.temporaries, ""),
-        ("constants", d.constants, "of the program, not in the compiler's figure"),
+        ("  constants", d.constants, ""),
+        ("  thread-local", d.thread_local, "scalars of nested computations"),
         ("in use at the peak", t.peak_bytes, "the sum of what is live"),
-        ("  not written yet", t.unwritten, "outputs set aside"),
+        ("  not written yet", t.unwritten, "outputs, set aside"),
         ("  fragmentation", t.fragmentation, "holes between temporaries"),
         ("host bytes", t.host.arguments + t.host.outputs - t.host.aliased + t.host.temporaries, "counted apart"),
-        ("on the chip", t.on_chip, "a TPU's VMEM and the like: not device memory"),
+        ("on the chip", t.on_chip, "a TPU's VMEM and the like, counted apart"),
     ]
-    kept = [
-        (name, report.size(n), about) for name, n, about in rows if n or name in ("device bytes", "  fragmentation")
-    ]
+    kept = [(name, report.size(n), about) for name, n, about in rows if n or name in ("set aside", "  fragmentation")]
     return report.table("one step", ("", "bytes", ""), kept)
 
 
