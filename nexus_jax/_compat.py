@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,30 @@ def _checkpoint_params(policy: Callable[..., Any], remat3: bool) -> dict[str, An
     del remat3  # part of the key
     [eqn] = jax.make_jaxpr(jax.checkpoint(lambda x: x, policy=policy))(jax.ShapeDtypeStruct((), np.float32)).eqns
     return eqn.params if eqn.primitive is primitives.remat_p else None
+
+
+def names_in_policy(policy: Any, offloaded: bool = False) -> frozenset[str] | None:
+    """The names that one of JAX's own checkpoint policies keeps (or offloads); None for anybody else's function.
+
+    They are functions that close over their names; under ``jax_remat3`` in jax 0.10 dataclasses that hold them.
+    """
+    if not str(getattr(policy, "__module__", "") or type(policy).__module__).startswith("jax."):
+        return None
+    held = inspect.getclosurevars(policy).nonlocals if inspect.isfunction(policy) else vars(policy)
+    names: set[str] = set()
+    for key, value in held.items():
+        if key in ("policy_1", "policy_2"):
+            inner = names_in_policy(value, offloaded)
+            if inner is None:
+                return None
+            names |= inner
+        elif key == "names_not_to_save":  # any name but these
+            return None
+        elif ("offload" in key and isinstance(value, set | frozenset)) or (
+            not offloaded and isinstance(value, set | frozenset)
+        ):
+            names |= value
+    return frozenset(names)
 
 
 # Equations that run a body once per call or step, with the body's outputs as theirs.

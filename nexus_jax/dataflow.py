@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.extend import core as jex
 
 from nexus_jax import _compat, costs
@@ -189,6 +190,19 @@ def _shards(eqn: Any) -> int:
     """How often a ``shard_map`` runs its body."""
     mesh, manual = eqn.params["mesh"], eqn.params.get("manual_axes") or eqn.params.get("newly_manual_axes")
     return math.prod(size for name, size in mesh.shape.items() if not manual or name in manual)
+
+
+def moves_to_host(eqn: Any) -> bool:
+    """Whether an equation puts a value that is on the device in host memory."""
+    if eqn.primitive.name != "device_put" or all(_on_host(v.aval) for v in eqn.invars):
+        return False
+    # a memory kind may be in the parameters, and not show in the type
+    kinds = [getattr(d, "memory_kind", None) or "" for d in eqn.params["devices"]]
+    return any(_on_host(v.aval) for v in eqn.outvars) or any(kind.endswith("_host") for kind in kinds)
+
+
+def _on_host(aval: Any) -> bool:
+    return getattr(aval, "memory_space", None) == jax.memory.Space.Host
 
 
 # --- values that share memory --------------------------------------------------------------------------------------

@@ -8,15 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from nexus_jax import adapters
-from nexus_jax.boundary import is_floating, split
-from nexus_jax.dataflow import VIEWS, Flow, Node, before, origin
+from nexus_jax.dataflow import VIEWS, Flow, Node, before, moves_to_host, origin
 from nexus_jax.families import families
 from nexus_jax.policy.rules import nbytes
 from nexus_jax.reasons import Kept, Reasons, Recompute, Use, why
 from nexus_jax.scopes import module_path
+from nexus_jax.traced import Traced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,52 +202,13 @@ def residuals(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Residuals:
         >>> print(found.recompute)
         1 dot_general, 4.2 MFLOP
     """
-    fun, inputs = adapters.nnx.opened(fn, args, kwargs)
-    arrays, rebuild = split(inputs, _DATA)
-    if not arrays:
-        raise TypeError("residuals(fn, *args): no argument is an array or a jax.ShapeDtypeStruct.")
-
-    def step(*arrays):
-        wrt = [i for i, x in enumerate(arrays) if is_floating(x)]
-
-        def forward(*floats):
-            filled = list(arrays)
-            for i, x in zip(wrt, floats, strict=True):
-                filled[i] = x
-            return [x for x in split(fun(rebuild(filled)))[0] if is_floating(x)]
-
-        out, vjp = jax.vjp(forward, *(arrays[i] for i in wrt))
-        leaves, treedef = jax.tree.flatten(vjp)
-
-        def backward(leaves, cotangents):
-            return treedef.unflatten(leaves)(cotangents)
-
-        # The backward pass is one equation then, and the residuals are its first operands.
-        backward.__name__ = _BACKWARD
-        return leaves, jax.jit(backward)(leaves, out)
-
-    with jax.disable_jit(False):
-        program = jax.make_jaxpr(step)(*arrays)
-    return _read(program.jaxpr, _argument_names(args, kwargs, rebuild))
+    traced = Traced(fn, args, kwargs)
+    return _read(*traced.with_backward(), traced.names())
 
 
-_BACKWARD = "nexus_jax_backward"
-_DATA = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
-
-
-def _argument_names(args: Any, kwargs: Any, rebuild: Any) -> list[str]:
-    """Where each array is among the arguments: ``"0/params/blocks_0/attn/kernel"``."""
-    given = jax.tree_util.tree_leaves_with_path((args, kwargs), is_leaf=adapters.nnx.accepts)
-    inside = jax.tree_util.tree_leaves_with_path(rebuild.treedef.unflatten(range(rebuild.treedef.num_leaves)))
-    paths = [given[path[0].idx][0][1:] + path[1:] for path, i in inside if rebuild.traced[i]]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-
-
-def _read(jaxpr: Any, names: list[str]) -> Residuals:
-    """The residuals of a program that returns them, and the results of the call that is its backward pass."""
-    at = max(i for i, eqn in enumerate(jaxpr.eqns) if eqn.params.get("name") == _BACKWARD)
-    call = jaxpr.eqns[at]
-    leaves = jaxpr.outvars[: len(jaxpr.outvars) - len(call.outvars)]
+def _read(jaxpr: Any, at: int, count: int, names: list[str]) -> Residuals:
+    """The residuals of a program that returns them, and whose equation ``at`` is the backward pass."""
+    call, leaves = jaxpr.eqns[at], jaxpr.outvars[:count]
     flow = Flow(jaxpr.replace(eqns=jaxpr.eqns[:at], outvars=leaves))
     backward = Reasons(Flow(call.params["jaxpr"].jaxpr))
 
@@ -278,15 +237,9 @@ class _Leaf(NamedTuple):
 
 def _residual(aval: Any, flow: Flow, value: int, **known: Any) -> Residual:
     node = flow.maker[value][0] if value in flow.maker else None
-    on_host = aval.memory_space == jax.memory.Space.Host or (node is not None and _moves_to_host(node.eqn))
+    on_host = aval.memory_space == jax.memory.Space.Host or (node is not None and moves_to_host(node.eqn))
     place = "host" if on_host else "device"
     return Residual(nbytes=nbytes(aval), shape=tuple(aval.shape), dtype=str(aval.dtype), place=place, **known)
-
-
-def _moves_to_host(eqn: Any) -> bool:
-    """Whether an equation puts its result in host memory under a name that its type does not show."""
-    kinds = [getattr(d, "memory_kind", None) for d in eqn.params.get("devices", ())]
-    return eqn.primitive.name == "device_put" and any(k is not None and k.endswith("_host") for k in kinds)
 
 
 def _made_by(node: Node | None) -> dict[str, str]:
