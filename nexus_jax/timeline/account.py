@@ -191,14 +191,17 @@ def _buffers(
             v = next((v for v in a.values if not v.phi), a.values[0])
             origin = names.origin(*v.key)
             origin = Origin(origin.path, a.kind, None)
-            buffers.append(_buffer(a, v, origin, place, (0, len(plan.order) - 1), whole=True))
+            buffers.append(_buffer(a, v, origin, place, (0, len(plan.order) - 1), a.kind))
             continue
         values = sorted(a.values, key=lambda v: plan.live[v.key])
+        end = max(plan.live[v.key][1] for v in values)
         for v, origin in zip(values, _origins(values, plan, names), strict=True):
             live = plan.live[v.key]
             if origin.phase is None:
                 origin = dataclasses.replace(origin, phase=phases[live[0]])
-            buffers.append(_buffer(a, v, origin, place, live))
+            # An output's memory may serve a temporary before.
+            kind = "output" if a.kind == "output" and live[1] == end else "temporary"
+            buffers.append(_buffer(a, v, origin, place, live, kind))
     return tuple(sorted(buffers, key=lambda b: b.first))
 
 
@@ -208,8 +211,9 @@ def _buffer(
     origin: Origin,
     place: Literal["device", "host"],
     live: tuple[int, int],
-    whole: bool = False,
+    kind: Literal["argument", "output", "temporary", "constant"],
 ) -> Buffer:
+    whole = kind in ("argument", "constant")
     return Buffer(
         name=v.key[0] + (f"{{{v.key[1]}}}" if v.key[1] else ""),
         bytes=a.bytes if whole else v.bytes,
@@ -217,7 +221,7 @@ def _buffer(
         path=origin.path,
         op=origin.op,
         phase=origin.phase,
-        kind=a.kind,  # type: ignore[arg-type]
+        kind=kind,
         place=place,
         first=live[0],
         last=live[1],

@@ -46,7 +46,7 @@ class Buffer:
         path: the module that made it; of an argument, its place in the call, or the first module that reads it.
         op: what made it; ``"argument"`` for an argument.
         phase: when it was made; None for what was there before the step.
-        kind: argument, output, temporary or constant.
+        kind: argument, output, temporary (though it be in an output's memory, before that is written) or constant.
         place: device or host.
         slot: ``(allocation, offset)``; of two buffers there at one time, one only passes on the other.
     """
@@ -151,8 +151,9 @@ class Timeline:
 
     @property
     def unwritten(self) -> int:
-        """Bytes of outputs that are set aside and not written yet at the peak."""
-        live = sum(b.bytes for b in self.at_peak if b.kind == "output")
+        """Bytes set aside for outputs that hold nothing at the peak."""
+        outputs = {b.slot[0] for b in self.buffers if b.kind == "output"}
+        live = sum(b.bytes for b in self.at_peak if b.slot[0] in outputs)
         return self.device.outputs - self.device.aliased - live
 
     @property

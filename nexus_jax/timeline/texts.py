@@ -91,7 +91,7 @@ def allocations(text: str) -> list[Allocation]:
 def _matched(pattern: re.Pattern[str], line: str, where: str) -> re.Match[str]:
     found = pattern.match(line)
     if found is None:
-        raise ValueError(f"{where}: this line is not understood: {line[:160]!r}.")
+        raise ValueError(f"{where}: this line is not understood: {line.strip()[:160]!r}.")
     return found
 
 
