@@ -4,9 +4,9 @@
 equations                             FLOPs
 ====================================  =================================================================================
 ``dot_general``, ragged dots          2 a multiply-add (8 if complex); a ragged row meets one group's matrix
-``conv_general_dilated``              2 a multiply-add of an output element and a tap. Taps in the padding count, as in
-                                      every textbook formula; the zeros that ``lhs_dilation`` puts between elements do
-                                      not. So a strided convolution and its two gradients cost the same, but for borders
+``conv_general_dilated``              2 a multiply-add of an output element and a tap on the image. Zeros do not count,
+                                      of the padding or between the elements (``lhs_dilation``): so a convolution and
+                                      its two gradients cost the same. XLA counts so; textbooks count the padding
 ``fft``                               5 N log2 N a complex transform, half of it a real one; N over all its dimensions
 elementwise, integers too             1 per output element; ``exp tanh div rsqrt ...`` also 1: devices differ too much
                                       in them, and nearly always their bytes take longer
@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -159,13 +158,27 @@ def _ragged_dot(eqn: Any) -> int:
 def _convolution(eqn: Any) -> int:
     p = eqn.params
     numbers, kernel, out = p["dimension_numbers"], eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    image = eqn.invars[0].aval.shape
     pairs = 1
-    for i, (o, k) in enumerate(zip(numbers.out_spec[2:], numbers.rhs_spec[2:], strict=True)):
-        pitch, stride, low = p["lhs_dilation"][i], p["window_strides"][i], p["padding"][i][0]
-        at = Counter(n * stride % pitch for n in range(out[o]))
-        pairs *= sum(at[(low - n * p["rhs_dilation"][i]) % pitch] for n in range(kernel[k]))
+    spatial = zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True)
+    for i, (n, k, o) in enumerate(spatial):
+        pitch, low = p["lhs_dilation"][i], p["padding"][i][0]
+        windows, taps = (out[o], p["window_strides"][i]), (kernel[k], p["rhs_dilation"][i])
+        (few, far), (many, near) = sorted((windows, taps))
+        end = (image[n] - 1) * pitch + 1
+        pairs *= sum(_on_the_image(many, near, m * far - low, end, pitch) for m in range(few))
     batch, features = out[numbers.out_spec[0]], out[numbers.out_spec[1]]
     return _multiply_add(eqn) * batch * features * kernel[numbers.rhs_spec[1]] * pairs
+
+
+def _on_the_image(n: int, step: int, start: int, end: int, pitch: int) -> int:
+    """How many of ``start + i * step``, ``i < n``, are in ``range(0, end, pitch)``: no padding, and no dilation's zero."""
+    first, last = max(0, -(start // step)), min(n, -((start - end) // step))
+    period = pitch // math.gcd(step, pitch)
+    for i in range(first, min(last, first + period)):
+        if (start + i * step) % pitch == 0:
+            return 1 + (last - 1 - i) // period
+    return 0
 
 
 def _fft(eqn: Any) -> int:

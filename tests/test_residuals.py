@@ -459,4 +459,4 @@ def test_flops_of_matmuls_and_loops(m, k, n, steps):
 def test_flops_of_a_convolution():
     x, w = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
     conv = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    assert matmul_flops(conv, x, w) == 2 * (2 * 8 * 8 * 16) * (3 * 3 * 3)
+    assert matmul_flops(conv, x, w) == 2 * (2 * 16) * (3 * 22 * 22)  # of the 3 * 8 taps of a row, 2 are in the padding
