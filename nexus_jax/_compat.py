@@ -75,7 +75,7 @@ def _checkpoint_params(policy: Callable[..., Any], remat3: bool) -> dict[str, An
 def names_in_policy(policy: Any, offloaded: bool = False) -> frozenset[str] | None:
     """The names that one of JAX's own checkpoint policies keeps (or offloads); None for anybody else's function.
 
-    They are functions that close over their names; under ``jax_remat3`` in jax 0.10 dataclasses that hold them.
+    They are functions that close over their names; in jax 0.10 dataclasses that hold them.
     """
     if not str(getattr(policy, "__module__", "") or type(policy).__module__).startswith("jax."):
         return None
@@ -87,13 +87,17 @@ def names_in_policy(policy: Any, offloaded: bool = False) -> frozenset[str] | No
             if inner is None:
                 return None
             names |= inner
-        elif key == "names_not_to_save":  # any name but these
+        elif key == "names_not_to_save" or type(policy).__name__ == "SaveAnyNamesButThese":  # any name but these
             return None
-        elif ("offload" in key and isinstance(value, set | frozenset)) or (
-            not offloaded and isinstance(value, set | frozenset)
-        ):
+        elif isinstance(value, set | frozenset) and (not offloaded or "offload" in key):
             names |= value
     return frozenset(names)
+
+
+def jit_options(fn: Any) -> dict[str, str]:
+    """The ``compiler_options`` that a function was jitted with; ``jax.jit`` takes such a function at the top only."""
+    given = getattr(getattr(fn, "_jit_info", None), "compiler_options_kvs", ())
+    return {key: str(value) for key, value in given}
 
 
 # Equations that run a body once per call or step, with the body's outputs as theirs.

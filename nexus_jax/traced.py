@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nexus_jax import adapters
+from nexus_jax import _compat, adapters
 from nexus_jax.boundary import is_floating, split
 
 _DATA = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
@@ -27,7 +27,10 @@ class Traced:
     """
 
     def __init__(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]):
-        self.fun, inputs = adapters.nnx.opened(fn, args, kwargs)
+        # JAX refuses a jitted function with options of its own inside another one
+        self.options = _compat.jit_options(fn)
+        inner = fn.__wrapped__ if self.options else fn  # pyright: ignore[reportFunctionMemberAccess]
+        self.fun, inputs = adapters.nnx.opened(inner, args, kwargs)
         self.arrays, self.rebuild = split(inputs, _DATA)
         self.given = (tuple(args), dict(kwargs))
         if not self.arrays:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -80,21 +80,27 @@ def doctor(fn: Callable[..., Any] | None = None, *args: Any, target: str | Targe
         1 checkpoint_name that no policy asks for: 'context' -> a policy with these names, as jax.checkpoint_policies.save_only_these_names or name = ... in a policy file
     """
     where = find_target(target)
+    return examine(case_of(fn, args, where.platform), where.name)
+
+
+def case_of(fn: Callable[..., Any] | None, args: Sequence[Any], platform: str) -> Case:
+    """This process and, if one is given, a step, on a platform."""
     forward = step = None
+    options: dict[str, str] = {}
     if fn is not None:
         traced = Traced(fn, args, {})
-        forward = traced.forward()
+        options, forward = traced.options, traced.forward()
         differentiates = any(phase(_compat.scope_path(eqn)) != "forward" for eqn, _ in walk(forward))
         step = forward if differentiates else traced.with_backward()[0]
-    case = Case(
-        platform=where.platform,
+    return Case(
+        platform=platform,
         environ=dict(os.environ),
         config=config(),
         version=jax.__version_info__,
+        options=options,
         forward=forward,
         step=step,
     )
-    return examine(case, where.name)
 
 
 def examine(case: Case, target: str) -> Report:

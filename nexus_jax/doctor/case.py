@@ -111,6 +111,7 @@ class Case:
         environ: environment variables.
         config: ``jax.config`` by name.
         version: of JAX, ``(0, 12, 0)``.
+        options: the ``compiler_options`` of the step's own ``jax.jit``.
         forward: the step's jaxpr; None without a step.
         step: the same with its backward pass.
     """
@@ -119,6 +120,7 @@ class Case:
     environ: Mapping[str, str]
     config: Mapping[str, Any]
     version: tuple[int, ...]
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     forward: Any = None
     step: Any = None
 
@@ -139,14 +141,6 @@ class Case:
     def flag_is(self, name: str, default: bool) -> bool:
         value = self.flag(name)
         return default if value is None else value.lower() not in ("false", "0")
-
-    @functools.cached_property
-    def options(self) -> Mapping[str, str]:
-        """The compiler options of the step's own ``jax.jit``."""
-        given = {}
-        for eqn in self.forward.eqns if self.forward is not None else ():
-            given.update({key: str(value) for key, value in eqn.params.get("compiler_options_kvs", ())})
-        return given
 
     @functools.cached_property
     def to_host(self) -> tuple[tuple[int, Place], ...]:
