@@ -3,6 +3,7 @@
 from nexus_jax import checkpoint_policies as checkpoint_policies
 from nexus_jax.compare import Comparison as Comparison
 from nexus_jax.compare import compare as compare
+from nexus_jax.doctor import doctor as doctor
 from nexus_jax.engaged import engaged as engaged
 from nexus_jax.fit import fit as fit
 from nexus_jax.measure import Measurement as Measurement

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nexus_jax.reasons import flop
+from nexus_jax.recompute import flop
 
 
 def size(n: float) -> str:

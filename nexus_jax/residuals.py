@@ -12,7 +12,8 @@ import jax
 from nexus_jax.dataflow import VIEWS, Flow, Node, before, moves_to_host, origin
 from nexus_jax.families import families
 from nexus_jax.policy.rules import nbytes
-from nexus_jax.reasons import Kept, Reasons, Recompute, Use, why
+from nexus_jax.reasons import Reasons, Use, why
+from nexus_jax.recompute import Kept, Recompute
 from nexus_jax.scopes import module_path
 from nexus_jax.traced import Traced
 

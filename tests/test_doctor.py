@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from models import GPT, linen_loss
 
 import nexus_jax as nj
+from nexus_jax import _compat
 from nexus_jax.doctor import CHECKS, case_of, doctor, environment, examine, program
 from nexus_jax.doctor.case import Case
 
@@ -404,3 +405,28 @@ def test_bad_input():
         doctor(lambda n: n, 3)
     with pytest.raises(ValueError, match="v9"):
         doctor(target="v9")
+
+
+# --- private names -----------------------------------------------------------------------------------------------------
+
+
+def test_names_in_jaxs_own_policies():
+    """They are no part of JAX's interface: told here when they move."""
+    policies, names = jax.checkpoint_policies, _compat.names_in_policy
+    assert names(policies.save_only_these_names("q", "k")) == {"q", "k"}
+    assert names(policies.save_from_both_policies(by_name("q"), policies.dots_saveable)) == {"q"}
+    assert names(policies.dots_saveable) == names(policies.everything_saveable) == frozenset()
+    assert names(policies.save_any_names_but_these("q")) is None and names(lambda *_, **__: True) is None
+    both = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["q"],
+        names_which_can_be_offloaded=["k"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    assert names(both) == {"q", "k"} and names(both, offloaded=True) == {"k"}
+
+
+def test_the_options_of_a_jitted_function():
+    jitted = jax.jit(jnp.sin, compiler_options={"xla_cpu_enable_fast_math": True})
+    assert _compat.jit_options(jitted) == {"xla_cpu_enable_fast_math": "True"}
+    assert _compat.jit_options(jax.jit(jnp.sin)) == _compat.jit_options(jnp.sin) == {}
