@@ -42,11 +42,13 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Needs:
-    """Attributes:
-    steps: the forward half, equation by equation.
-    avals: the type of each value.
-    residuals: values that the backward pass needs.
-    named: values that a name can reach.
+    """The forward half of a differentiated program.
+
+    Attributes:
+        steps: equation by equation.
+        avals: the type of each value.
+        residuals: values that the backward pass needs.
+        named: values that a name can reach.
     """
 
     steps: tuple[Step, ...]
@@ -83,7 +85,7 @@ def _named(flat: Flat) -> Any:
     for eqn in flat.eqns:
         outs, names = [], []
         for v in eqn.outvars:
-            if isinstance(v, jex.DropVar) or not _nameable(v.aval):
+            if isinstance(v, jex.DropVar) or not nameable(v.aval):
                 outs.append(v)
                 continue
             raw = jex.Var(v.aval)
@@ -93,7 +95,8 @@ def _named(flat: Flat) -> Any:
     return flat.jaxpr.replace(eqns=eqns)
 
 
-def _nameable(aval: Any) -> bool:
+def nameable(aval: Any) -> bool:
+    """Whether a value can bear a name: arrays can, random keys cannot."""
     dtype = getattr(aval, "dtype", None)
     return dtype is not None and not jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
 

@@ -7,7 +7,7 @@ import math
 
 from nexus_jax.planner.allocate import Option
 from nexus_jax.planner.graph import Choice, Graph, price
-from nexus_jax.planner.solve import frontier, optimum
+from nexus_jax.planner.solve import SolverTimeout, frontier, optimum
 from nexus_jax.planner.spans import Shape
 
 STEPS = 24  # points of a frontier, about
@@ -27,13 +27,10 @@ class Options:
         self.deadline, self.steps = deadline, steps
         self.known: dict[tuple[Shape, bool], tuple[Option, ...]] = {}
         self.solved = 0
+        self.plains: dict[Shape, Option] = {}
 
     def of(self, shape: Shape, whole: bool) -> tuple[Option, ...]:
-        """Its options; with ``whole``, only to recompute everything.
-
-        Raises:
-            SolverTimeout: the deadline passed.
-        """
+        """Its options; with ``whole``, only to recompute everything. Fewer, once the deadline has passed."""
         key = (shape, whole)
         if key not in self.known:
             self.known[key] = self._found(shape, whole)
@@ -46,14 +43,24 @@ class Options:
             found = [of_choice(shape, Choice(), floor=0)] if makeable(shape.graph) else []
             return tuple(found)
         self.solved += 1
-        points = frontier(shape.graph, steps=self.steps, deadline=self.deadline)
+        try:
+            points = frontier(shape.graph, steps=self.steps, deadline=self.deadline)
+        except SolverTimeout:
+            points = ()
         found = [self.plain(shape)]
         found += [of_choice(shape, p.choice, floor=p.floor) for p in points]
-        return tuple(found)
+        if makeable(shape.graph) and not (points and points[-1].price.device == 0):
+            found.append(of_choice(shape, Choice(), floor=0))
+        return tuple(found) if points else (dataclasses.replace(found[0], floor=0), *found[1:])
 
     def plain(self, shape: Shape) -> Option:
         """The stretch as it is: what autodiff keeps, less what a compiler makes again by fusion."""
-        kept = optimum(shape.fused, 0, host=max(sum(shape.fused.sizes), 1), deadline=self.deadline)
+        if shape not in self.plains:
+            self.plains[shape] = self._plain(shape)
+        return self.plains[shape]
+
+    def _plain(self, shape: Shape) -> Option:
+        kept = optimum(shape.fused, 0, host=max(sum(shape.fused.sizes), 1))
         if kept is None:
             raise ValueError("a value that the backward pass needs has no equation: the program is not whole.")
         nbytes = shape.crossing + price(shape.fused, kept).host

@@ -78,14 +78,21 @@ def frontier(graph: Graph, *, host: int = 0, steps: int | None = None, deadline:
         deadline: of ``time.monotonic()``.
 
     Raises:
-        SolverTimeout: the deadline passed.
+        SolverTimeout: the deadline passed before the first point. After it, the points so far are the answer, and the
+            ``floor`` of the last is 0.
     """
     model = Model(graph, offload=host > 0)
     found: list[Point] = []
     limit = sum(graph.sizes)
     step = 0
     while limit >= 0:
-        choice = optimum(graph, limit, host, deadline=deadline, model=model)
+        try:
+            choice = optimum(graph, limit, host, deadline=deadline, model=model)
+        except SolverTimeout:
+            if not found:
+                raise
+            found[-1] = dataclasses.replace(found[-1], floor=0)  # what is missing costs no less
+            break
         if choice is None:
             break
         paid = price(graph, choice)
