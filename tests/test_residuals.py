@@ -13,6 +13,7 @@ from models import GPT, NNXGPT, ScannedGPT, linen_loss, loss_of
 
 import nexus_jax as nj
 from nexus_jax import report
+from nexus_jax.costs import flops_of
 from nexus_jax.flops import count_matmuls, matmul_flops
 
 SMALL_OFFLOAD = nj.checkpoint_policies.offload(min_mb=0.0)
@@ -293,6 +294,48 @@ def test_chains_are_counted_alike_from_every_end():
     found = nj.residuals(loss, F32(8), [F32(8, 8)] * 6, F32(2, 8))
     assert sorted(sum(n for _, n in r.recompute.matmuls) for r in found) == [1, 2, 3, 4, 5, 6]
     assert sorted(r.recompute.flops for r in found) == [n * 2 * 2 * 8 * 8 + 16 for n in range(1, 7)]
+
+
+OPS = {
+    "sin": lambda a, b: jnp.sin(a),
+    "exp": lambda a, b: jnp.exp(a),
+    "mul": lambda a, b: a * b,
+    "add": lambda a, b: a + b,
+    "dot": lambda a, b: a @ b,
+    "stop": lambda a, b: jax.lax.stop_gradient(a) * 2.0,
+}
+
+
+def by_hand(fn, *args):
+    """Bytes, and FLOPs to make each residual again, by walking back from it through the plain program."""
+    jaxpr = jax.make_jaxpr(lambda *args: jax.tree.leaves(jax.vjp(fn, *args)[1]))(*args).jaxpr
+    made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    kept = {v for v in jaxpr.outvars if v in made}
+
+    def cost(var):
+        needed, pending = [], [made[var]]
+        while pending:
+            eqn = pending.pop()
+            if eqn not in needed:
+                needed.append(eqn)
+                pending += [made[v] for v in eqn.invars if v in made and v not in kept]
+        return sum(flops_of(eqn) for eqn in needed)
+
+    return sorted((v.aval.size * 4, cost(v)) for v in kept)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(sorted(OPS)), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
+def test_random_programs_against_a_walk_by_hand(steps):
+    def fn(w, x):
+        values = [w, x]
+        for op, i, j in steps:
+            values.append(OPS[op](values[i % len(values)], values[-1 - j % len(values)]))
+        return sum(jnp.sum(v) for v in values[2:])
+
+    found = nj.residuals(fn, F32(4, 4), F32(4, 4))
+    assert sorted((r.nbytes, r.recompute.flops) for r in found) == by_hand(fn, F32(4, 4), F32(4, 4))
+    assert all(r.uses for r in found)
 
 
 def test_random_bits_and_reductions_are_named():
