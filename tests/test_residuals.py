@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import Literal
 from models import GPT, NNXGPT, ScannedGPT, linen_loss, loss_of
 
 import nexus_jax as nj
@@ -310,7 +311,8 @@ def by_hand(fn, *args):
     """Bytes, and FLOPs to make each residual again, by walking back from it through the plain program."""
     jaxpr = jax.make_jaxpr(lambda *args: jax.tree.leaves(jax.vjp(fn, *args)[1]))(*args).jaxpr
     made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
-    kept = {v for v in jaxpr.outvars if v in made}
+    known = lambda atoms: [v for v in atoms if not isinstance(v, Literal) and v in made]
+    kept = set(known(jaxpr.outvars))
 
     def cost(var):
         needed, pending = [], [made[var]]
@@ -318,7 +320,7 @@ def by_hand(fn, *args):
             eqn = pending.pop()
             if eqn not in needed:
                 needed.append(eqn)
-                pending += [made[v] for v in eqn.invars if v in made and v not in kept]
+                pending += [made[v] for v in known(eqn.invars) if v not in kept]
         return sum(flops_of(eqn) for eqn in needed)
 
     return sorted((v.aval.size * 4, cost(v)) for v in kept)
