@@ -118,7 +118,9 @@ def structure(eqns: Sequence[Any], number: dict[Any, int]) -> list[Any]:
     local = dict(number)
     found = []
     for eqn in eqns:
-        ins = [(str(v), str(v.aval)) if isinstance(v, jex.Literal) else local.setdefault(v, len(local)) for v in eqn.invars]
+        ins = [
+            (str(v), str(v.aval)) if isinstance(v, jex.Literal) else local.setdefault(v, len(local)) for v in eqn.invars
+        ]
         for v in eqn.outvars:
             local.setdefault(v, len(local))
         found.append((eqn.primitive.name, ins, [str(v.aval) for v in eqn.outvars], parameters(eqn)))

@@ -112,7 +112,11 @@ def _pairs(places: Sequence[int]) -> list[tuple[int, int]]:
     last = len(places) - 1
     found = []
     for i in range(last):
-        near = {i + k for k in range(1, _TOGETHER + 1) if k == 1 or i + k <= last and places[i + k] - places[i] <= _EQUATIONS}
+        near = {
+            i + k
+            for k in range(1, _TOGETHER + 1)
+            if k == 1 or (i + k <= last and places[i + k] - places[i] <= _EQUATIONS)
+        }
         far = {i + 2**k for k in range(1, 6)}
         found += [(i, j) for j in sorted(near | far) if j <= last]
     return found

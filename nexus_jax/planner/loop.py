@@ -1,0 +1,84 @@
+"""From the model's frontier to a compiled step that fits: predict, compile, correct, a few times.
+
+The frontier orders plans by the model's peak. What a compiler makes of a plan differs from that by what it fuses and
+when it runs things; :mod:`nexus_jax.peak` predicts most of that without a compile, and compiling settles the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+COMPILES = 6  # at most, the step without a plan among them
+NEAR = 0.98  # of the budget: nearer is not looked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A plan that was compiled: its place on the frontier, what was predicted, and what it takes."""
+
+    at: int
+    predicted: int
+    compiled: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The best plan that fits (None if none does), and every plan that was compiled."""
+
+    best: Trial | None
+    trials: tuple[Trial, ...]
+
+
+def search(
+    count: int,
+    budget: int,
+    predict: Callable[[int], int],
+    compiled: Callable[[int], int],
+    offset: int = 0,
+    compiles: int = COMPILES - 1,
+) -> Found:
+    """The fastest of ``count`` plans, least memory first, whose compiled step is within the budget.
+
+    Args:
+        predict: bytes of a plan, without a compile.
+        compiled: bytes of a plan.
+        offset: how much more a compiled step takes than predicted, as far as is known.
+        compiles: how often ``compiled`` may be called.
+
+    Returns:
+        Plan 0 has been compiled where nothing else fits.
+
+    Example:
+        >>> search(100, 250, predict=lambda at: 3 * at, compiled=lambda at: 3 * at + 20).best
+        Trial(at=76, predicted=228, compiled=248)
+    """
+    trials: dict[int, Trial] = {}
+    low, high = -1, count  # the last that fits, the first that does not
+    while len(trials) < compiles and high - low > 1:
+        last = len(trials) == compiles - 1
+        at = 0 if last and low < 0 else _largest(low + 1, high - 1, lambda i: predict(i) + offset <= budget)
+        if at is None:
+            if low >= 0:
+                break  # nothing faster is predicted to fit
+            at = 0
+        trials[at] = Trial(at, predict(at), compiled(at))
+        offset = trials[at].compiled - trials[at].predicted
+        if trials[at].compiled <= budget:
+            low = at
+            if trials[at].compiled >= NEAR * budget:
+                break
+        else:
+            high = at
+    fitting = [t for t in trials.values() if t.compiled <= budget]
+    return Found(max(fitting, key=lambda t: t.at, default=None), tuple(trials.values()))
+
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest number from ``low`` to ``high`` that fits, if smaller ones do too; None if not even ``low`` does."""
+    if low > high or not fits(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

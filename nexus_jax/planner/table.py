@@ -1,0 +1,96 @@
+"""Why each value is kept or made again: a plan's decisions by layer family, and what the opposite would do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from nexus_jax import _compat, report, scopes
+from nexus_jax.planner.allocate import Option, Path
+from nexus_jax.planner.graph import CannotRecompute, Choice, Graph, price
+from nexus_jax.planner.model import Model
+from nexus_jax.planner.plan import Row
+from nexus_jax.planner.spans import Span
+
+_VALUES = 8  # of a boundary, the largest
+
+
+def rows_of(model: Model, path: Path) -> tuple[Row, ...]:
+    """The lines of the table, in program order; equal layers with equal decisions are one line."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for edge, option in path.steps:
+        span = model.span(edge.start, edge.stop)
+        for row in _rows(model, span, option):
+            key = (row.where, row.op, row.kind, row.decision, row.reason, row.cost)
+            count = found[key].count + 1 if key in found else 1
+            found[key] = Row(**{**_fields(row), "count": count})
+    return tuple(found.values())
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in Row.__dataclass_fields__}
+
+
+def _rows(model: Model, span: Span, option: Option) -> list[Row]:
+    if option.what.choice is None:
+        reason = "nothing inside is worth making again here: it is needed while all this is alive"
+        return [_row(model, span.start, span.stop, "-", "", option.kept, 0, "as it is", reason)]
+    graph, choice = span.shape.graph, option.what.choice
+    again = graph.again(choice.kept)
+    made = {v for i in again for v in graph.ops[i].outs}
+    shown = sorted((choice.kept | (made & graph.keepable)) - graph.free, key=lambda v: (-graph.sizes[v], v))[:_VALUES]
+    return [_value_row(model, span, graph, choice, v) for v in shown]
+
+
+def _value_row(model: Model, span: Span, graph: Graph, choice: Choice, value: int) -> Row:
+    number = span.values[value]
+    at = next(i for i in range(span.start, span.stop) if model.flat.variables[number] in model.flat.eqns[i].outvars)
+    eqn = model.flat.eqns[at]
+    unit = model.spans_of.unit
+    cost = graph.ops[graph.maker[value]].cost * unit
+    aval = model.flat.variables[number].aval
+    kind = report.short_type(str(aval.dtype), aval.shape)
+    decision = "save" if value in choice.saved else "offload" if value in choice.offloaded else "recompute"
+    reason = _flipped(graph, choice, value, unit)
+    return _row(model, at, at + 1, eqn.primitive.name, kind, graph.sizes[value], cost, decision, reason)
+
+
+def _flipped(graph: Graph, choice: Choice, value: int, unit: int) -> str:
+    now = price(graph, choice)
+    flipped = Choice(saved=choice.saved ^ {value}, offloaded=choice.offloaded - {value})
+    try:
+        then = price(graph, flipped)
+    except CannotRecompute:
+        return "cannot be made again"
+    more = "recomputing it" if value in choice.kept else "saving it"
+    return (
+        f"{more} would take {_signed(report.size, then.device - now.device)} and "
+        f"{_signed(lambda n: f'{n:.3g}', (then.ticks - now.ticks) * unit)} of cost"
+    )
+
+
+def _signed(show: Any, n: int) -> str:
+    return f"{'-' if n < 0 else '+'}{show(abs(n))}"
+
+
+def _row(
+    model: Model, start: int, stop: int, op: str, kind: str, nbytes: int, cost: int, decision: str, reason: str
+) -> Row:
+    where = _common([_path(model.flat.eqns[i]) for i in range(start, stop)])
+    return Row(where=where, count=1, op=op, kind=kind, nbytes=nbytes, cost=cost, decision=decision, reason=reason)
+
+
+def _path(eqn: Any) -> str:
+    return re.sub(r"\d+", "*", scopes.module_path(_compat.scope_path(eqn)))
+
+
+def _common(paths: Sequence[str]) -> str:
+    parts = [p.split("/") for p in paths if p]
+    if not parts:
+        return "outside modules"
+    first, last = parts[0], parts[-1]
+    same = [a for a, *rest in zip(*parts, strict=False) if all(a == b for b in rest)]
+    if same and len(parts) > 1 and first != last:
+        return f"{'/'.join(same)} ({'/'.join(first[len(same) :]) or '.'} ... {'/'.join(last[len(same) :]) or '.'})"
+    return "/".join(first)
