@@ -113,8 +113,8 @@ class _Tally:
         flops = _flops(node)
         self.flops += (flops or 0) * times * node.times
         self.nodes += kind not in ("view", "barrier") and node.op not in VIEWS
-        if node.op in _RANDOM:
-            self.random += 1
+        if node.op in _RANDOM or node.op.startswith("random_"):
+            self.random += node.op in _RANDOM  # to derive a key is nothing beside the bits
         elif node.op in costs.MATMULS or flops is None or node.bodies:
             self.matmuls[node.op] += times * node.times
         elif kind == "reduce" or (kind == "kernel" and flops):
