@@ -84,8 +84,8 @@ def test_the_frontier_is_that_of_all_choices(graph):
 
 @settings(max_examples=200, deadline=None)
 @given(graphs(), st.integers(1, 4))
-def test_a_coarse_frontier_says_how_much_it_may_have_missed(graph, steps):
-    found = frontier(graph, steps=steps)
+def test_a_coarse_frontier_says_how_much_it_may_have_missed(graph, solves):
+    found = frontier(graph, solves=solves)
     for _, paid in choices(graph, offload=False):
         point = next((p for p in found if p.floor <= paid.device), None)
         assert point is not None

@@ -81,18 +81,18 @@ class Model:
 
 
 def model_of(
-    flat: Flat, differentiated: Sequence[int], price: Prices, *, deadline: float = math.inf, steps: int | None = None
+    flat: Flat, differentiated: Sequence[int], price: Prices, *, deadline: float = math.inf, solves: int | None = None
 ) -> Model:
     """Differentiate a program, cut it, solve every kind of stretch, and find its frontier.
 
     Args:
         differentiated: which of its inputs, constants counted.
         deadline: of ``time.monotonic()``; what is not solved by then has fewer options, and the bound knows.
-        steps: points of a stretch's frontier, about.
+        solves: integer programs for a stretch's frontier.
     """
     spans = Spans(flat, needs_of(flat, differentiated), price)
     places = cuts(flat, spans.sizes, spans.costs)
-    options = Options(deadline, **({} if steps is None else {"steps": steps}))
+    options = Options(deadline, **({} if solves is None else {"solves": solves}))
     found: dict[tuple[int, int], Span] = {}
     edges = []
     for i, j in _pairs(places):

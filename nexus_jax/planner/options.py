@@ -10,7 +10,7 @@ from nexus_jax.planner.graph import Choice, Graph, price
 from nexus_jax.planner.solve import SolverTimeout, frontier, optimum
 from nexus_jax.planner.spans import Shape
 
-STEPS = 24  # points of a frontier, about
+SOLVES = 40  # integer programs for a frontier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Way:
 class Options:
     """The options of each shape, found once."""
 
-    def __init__(self, deadline: float = math.inf, steps: int | None = STEPS):
-        self.deadline, self.steps = deadline, steps
+    def __init__(self, deadline: float = math.inf, solves: int | None = SOLVES):
+        self.deadline, self.solves = deadline, solves
         self.known: dict[tuple[Shape, bool], tuple[Option, ...]] = {}
         self.solved = 0
         self.plains: dict[Shape, Option] = {}
@@ -44,7 +44,7 @@ class Options:
             return tuple(found)
         self.solved += 1
         try:
-            points = frontier(shape.graph, steps=self.steps, deadline=self.deadline)
+            points = frontier(shape.graph, solves=self.solves, deadline=self.deadline)
         except SolverTimeout:
             points = ()
         found = [self.plain(shape)]

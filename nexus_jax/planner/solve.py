@@ -68,41 +68,76 @@ def optimum(
     return None
 
 
-def frontier(graph: Graph, *, host: int = 0, steps: int | None = None, deadline: float = math.inf) -> tuple[Point, ...]:
+def frontier(
+    graph: Graph, *, host: int = 0, solves: int | None = None, deadline: float = math.inf
+) -> tuple[Point, ...]:
     """The choices that no other beats in bytes and ticks, most bytes first.
 
     Args:
         host: bytes that may be kept on the host. The points are then those of bytes on the device and ticks.
-        steps: about how many points to ask for; None is every one. Each point is optimal for its bytes all the same,
-            and its ``floor`` says how far down the next was looked for.
-        deadline: of ``time.monotonic()``.
+        solves: how many integer programs may be solved, where most is not known first; None is until all is known. Each
+            point is optimal for its bytes all the same, and its ``floor`` says how far down that is certain.
+        deadline: of ``time.monotonic()``. After it, the points so far are the answer.
 
     Raises:
-        SolverTimeout: the deadline passed before the first point. After it, the points so far are the answer, and the
-            ``floor`` of the last is 0.
+        SolverTimeout: the deadline passed before there were any points.
     """
     model = Model(graph, offload=host > 0)
-    found: list[Point] = []
-    limit = sum(graph.sizes)
-    step = 0
-    while limit >= 0:
+    ask = lambda limit: optimum(graph, limit, host, deadline=deadline, model=model)
+    first = ask(sum(graph.sizes))
+    if first is None:
+        return ()
+    found = [_Known(first, price(graph, first), sum(graph.sizes))]
+    found.append(_Known(None, Price(-1, found[0].price.ticks + 1 + sum(op.cost for op in graph.ops)), -1))
+    limit = 0
+    while solves is None or len(found) < solves + 2:
+        if limit is None:
+            break
         try:
-            choice = optimum(graph, limit, host, deadline=deadline, model=model)
+            choice = ask(limit)
         except SolverTimeout:
-            if not found:
-                raise
-            found[-1] = dataclasses.replace(found[-1], floor=0)  # what is missing costs no less
             break
-        if choice is None:
-            break
-        paid = price(graph, choice)
-        if not found and steps is not None:
-            step = paid.device // steps
-        if found and found[-1].price.ticks == paid.ticks:
-            found.pop()
-        limit = paid.device - 1 - step if paid.device > step else paid.device - 1
-        found.append(Point(choice=choice, price=paid, floor=max(limit + 1, 0)))
-    return tuple(found)
+        _insert(found, limit, choice, None if choice is None else price(graph, choice))
+        limit = _widest(found)
+    points = []
+    for known, below in zip(found, found[1:], strict=False):
+        if known.choice is not None and below.price.ticks > known.price.ticks:
+            points.append(Point(choice=known.choice, price=known.price, floor=below.limit + 1))
+    return tuple(points)
+
+
+@dataclasses.dataclass
+class _Known:
+    """A point, optimal for every limit from its bytes to ``limit``; without a choice, limits for which there is none."""
+
+    choice: Choice | None
+    price: Price
+    limit: int
+
+
+def _insert(found: list[_Known], limit: int, choice: Choice | None, paid: Price | None) -> None:
+    """Put an answer among those there are, most bytes first."""
+    if choice is None or paid is None:
+        found[-1].limit = max(found[-1].limit, limit)
+        return
+    for known in found:
+        if known.price.ticks == paid.ticks:  # the same step of the stairs: its bytes are the fewer
+            known.limit = max(known.limit, limit)
+            if paid.device < known.price.device:
+                known.choice, known.price = choice, paid
+            return
+    found.append(_Known(choice, paid, limit))
+    found.sort(key=lambda k: -k.price.device)
+
+
+def _widest(found: list[_Known]) -> int | None:
+    """The limit to ask about next: in the middle of where most bytes times ticks are uncertain; None if nowhere is."""
+    best, at = 0, None
+    for above, below in zip(found, found[1:], strict=False):
+        width, height = above.price.device - 1 - below.limit, below.price.ticks - above.price.ticks
+        if width > 0 and width * height > best:
+            best, at = width * height, below.limit + (width + 1) // 2
+    return at
 
 
 def trimmed(graph: Graph, choice: Choice) -> Choice:
