@@ -82,7 +82,7 @@ _SCATTERS = _set("scatter-add scatter-mul scatter-min scatter-max scatter_add sc
 
 _SUMS_OF_DEVICES = _set("psum psum_invariant pmax pmin reduce_scatter unreduced_psum unreduced_reduce_scatter")
 
-Kind = Literal["view", "barrier", "fused", "slice", "reduce", "kernel"]
+Kind = Literal["view", "barrier", "fused", "slice", "reduce", "matmul", "kernel"]
 
 
 def kind_of(eqn: Any) -> Kind:
@@ -96,6 +96,8 @@ def kind_of(eqn: Any) -> Kind:
         return "slice"
     if name in _REDUCTIONS:
         return "reduce"
+    if name in MATMULS:
+        return "matmul"
     if name in _BARRIERS:
         return "barrier"
     return "kernel"

@@ -5,17 +5,20 @@ The model, on equations in program order (calls are inlined):
 - Elementwise equations, broadcasts, conversions and slices are fused into what uses them. Reductions are fused with what
   they reduce, and write their result. Everything else (matmuls, sorts, gathers, loops ...) is a kernel of its own: it reads
   its operands from memory and writes its results to it. Reshapes and transposes are views.
-- A kernel begins where a reduction or another kernel before it must have ended: equations of the same depth of such
-  dependencies, in the same half of the step (the forward pass, and what comes after it), form one, and it reads a value
+- A kernel begins where a reduction or another kernel before it must have ended: fused equations of the same depth of such
+  dependencies, in the same half of the step (the forward pass, and what comes after it), are in one, and it reads a value
   once.
 - A fused value that a kernel of its own uses is written. One that only fused kernels use is written if that moves fewer
   bytes than making it again in each of them, from what is in memory. So the inside of an activation function is never
   written, and the residual stream of a transformer is.
+- Where ``fused_matmuls`` (a TPU's compiler), a matmul makes its operands as fused kernels do, and what one fused kernel
+  alone does with its result is part of it.
 - What no output needs does not exist.
 
-It is optimistic: a kernel reads a value once however many cores share the work, every such fusion succeeds, and layouts
-cost nothing. It is pessimistic in one point: a matmul reads its operands from memory and writes to it, where a compiler
-may fuse a conversion before it or an activation after it.
+It is optimistic where a kernel reads a value once however many cores share the work, and where layouts cost nothing. Its
+bytes for a GPT step of 2 layers (d 512, length 1024, batch 4, vocabulary 8192; jax 0.12.0), as a multiple of what the
+compiled step's kernels read and write: H100 0.97, with a remat of every layer 1.06; v5e (``cost_analysis()``) 0.98 and
+1.16. On v5e with d 1024, batch 8 and a vocabulary of 32768: 1.14 and 1.13.
 """
 
 from __future__ import annotations
@@ -47,33 +50,40 @@ class Line(NamedTuple):
     effects: bool = False
 
 
-def traffic(lines: Sequence[Line], sizes: Sequence[int], outs: Iterable[int]) -> list[tuple[int, int] | None]:
+def traffic(
+    lines: Sequence[Line], sizes: Sequence[int], outs: Iterable[int], fused_matmuls: bool = False
+) -> list[tuple[int, int] | None]:
     """Bytes that each line reads from memory and writes to it; None for a line that nothing needs.
 
     Args:
         lines: in order; values that no line makes are in memory from the start.
         sizes: bytes of each value.
         outs: the values that the program returns.
+        fused_matmuls: whether matmuls are fused with what is around them.
     """
-    kernels, ready = _kernels(lines, len(sizes))
-    users = _users(lines, kernels, len(sizes), outs)
-    return _Traffic(sizes, users, ready).run(lines, kernels)
+    if not fused_matmuls:
+        lines = [line._replace(kind="kernel") if line.kind == "matmul" else line for line in lines]
+    kernels = _kernels(lines, len(sizes))
+    return _Traffic(sizes, _users(lines, kernels, len(sizes), outs)).run(lines, kernels)
 
 
-def _kernels(lines: Sequence[Line], n: int) -> tuple[list[int], list[int]]:
-    """The kernel of each line, and the one that each value is ready for: depth, doubled, plus one after the forward."""
+def _kernels(lines: Sequence[Line], n: int) -> list[int]:
+    """The kernel of each line: by depth and half of the step if it is fused, a number below -1 if it is a matmul."""
     ready = [0] * n
     kernels = []
-    for line in lines:
+    for number, line in enumerate(lines):
         depth = max([ready[i] for i in line.ins], default=0)
-        kernels.append(2 * depth + line.late)
-        if line.kind in ("view", "barrier"):
+        kernels.append(-2 - number if line.kind == "matmul" else 2 * depth + line.late)
+        if line.kind in _ALIASES:
             for i, o in zip(line.ins, line.outs, strict=True):
                 ready[o] = ready[i]
         else:
             for o in line.outs:
-                ready[o] = depth + (line.kind in ("reduce", "kernel"))
-    return kernels, ready
+                ready[o] = depth + (line.kind in ("reduce", "kernel", "matmul"))
+    return kernels
+
+
+_ALIASES = ("view", "barrier")
 
 
 def _users(lines: Sequence[Line], kernels: Sequence[int], n: int, outs: Iterable[int]) -> list[set[int]]:
@@ -95,15 +105,16 @@ def _users(lines: Sequence[Line], kernels: Sequence[int], n: int, outs: Iterable
 class _Traffic:
     """Where each value is: in memory under a number, or made of such values when it is used."""
 
-    def __init__(self, sizes: Sequence[int], users: list[set[int]], ready: list[int]) -> None:
-        self.sizes, self.users, self.ready = sizes, users, ready
+    def __init__(self, sizes: Sequence[int], users: list[set[int]]) -> None:
+        self.sizes, self.users = sizes, users
         self.leaves: list[frozenset[int]] = [frozenset((v,)) for v in range(len(sizes))]
         self.seen: set[tuple[int, int]] = set()
+        self.unwritten: dict[int, int] = {}  # results of matmuls: the kernel that is part of the matmul
 
     def run(self, lines: Sequence[Line], kernels: Sequence[int]) -> list[tuple[int, int] | None]:
         found: list[tuple[int, int] | None] = []
         for line, kernel in zip(lines, kernels, strict=True):
-            if line.kind in ("view", "barrier"):
+            if line.kind in _ALIASES:
                 for i, o in zip(line.ins, line.outs, strict=True):
                     self.leaves[o] = self.leaves[i]
             needed = line.effects or any(self.users[o] for o in line.outs)
@@ -111,7 +122,7 @@ class _Traffic:
         return found
 
     def line(self, line: Line, kernel: int) -> tuple[int, int]:
-        if line.kind in ("view", "barrier"):
+        if line.kind in _ALIASES:
             return 0, 0
         if line.kind == "kernel":
             return line.moved
@@ -120,10 +131,16 @@ class _Traffic:
             return copied, copied
         leaves = frozenset().union(*(self.leaves[i] for i in line.ins))
         if line.kind == "reduce":
-            return self.read(leaves, kernel), sum(self.sizes[o] for o in line.outs)
+            return self.moved(leaves, kernel, sum(self.sizes[o] for o in line.outs))
         [out] = line.outs
+        if line.kind == "matmul":
+            [user, *others] = self.users[out]
+            if not others and user >= 0:
+                self.unwritten[out] = user
+                return self.moved(leaves, kernel, 0)
+            return self.moved(leaves, kernel, self.sizes[out])
         if self.worth_writing(out, leaves, kernel):
-            return self.read(leaves, kernel), self.sizes[out]
+            return self.moved(leaves, kernel, self.sizes[out])
         self.leaves[out] = leaves
         return 0, 0
 
@@ -135,7 +152,15 @@ class _Traffic:
         once = sum(self.sizes[v] for v in leaves) + self.sizes[out] * (1 + len(users - {kernel}))
         return again > once
 
-    def read(self, leaves: frozenset[int], kernel: int) -> int:
-        new = [v for v in leaves if (kernel, v) not in self.seen]
-        self.seen.update((kernel, v) for v in new)
-        return sum(self.sizes[v] for v in new)
+    def moved(self, leaves: frozenset[int], kernel: int, written: int) -> tuple[int, int]:
+        """What a kernel reads and writes because of one line: what it has not read yet, and what the line makes."""
+        read = 0
+        for v in leaves:
+            if (kernel, v) in self.seen or self.unwritten.get(v) == kernel:
+                continue
+            self.seen.add((kernel, v))
+            read += self.sizes[v]
+            if v in self.unwritten:  # another kernel needs it, by way of a value that is made again there
+                del self.unwritten[v]
+                written += self.sizes[v]
+        return read, written

@@ -29,6 +29,7 @@ class Record:
         scope: its name scope, as JAX wrote it; ``path`` is the module in it.
         phase: the part of a step that it belongs to; ``"transfer"`` for copies to and from host memory.
         flops, read, written: of one run; bytes of device memory that the model of :mod:`nexus_jax.fusion` moves.
+        fused: ``(read, written)`` where matmuls are fused with what is around them, as on a TPU.
         times: how often one run of the program runs it, on all devices together.
         dtype: the widest type that it takes.
         passes: of a float32 matmul, by its precision: 1, 3 or 6.
@@ -42,6 +43,7 @@ class Record:
     flops: int
     read: int
     written: int
+    fused: tuple[int, int]
     times: int = 1
     dtype: str = ""
     passes: int = 1
@@ -115,12 +117,13 @@ class _Counter:
             flat = _Flat([], [], [])
             inputs = [flat.value(nbytes(v.aval)) for v in jaxpr.invars]
             outs = self.flatten(flat, jaxpr, "", order, inputs)
-            moved = traffic(flat.lines, flat.sizes, [o for o in outs if isinstance(o, int)])
+            returned = [o for o in outs if isinstance(o, int)]
+            moved, fused = (traffic(flat.lines, flat.sizes, returned, fused_matmuls) for fused_matmuls in (False, True))
             self.done[id(jaxpr), order] = [
                 r
-                for about, bytes_ in zip(flat.about, moved, strict=True)
-                if bytes_ is not None
-                for r in self.line(*about, *bytes_)
+                for about, apart, together in zip(flat.about, moved, fused, strict=True)
+                if apart is not None and together is not None
+                for r in self.line(*about, apart, together)
             ]
         return self.done[id(jaxpr), order]
 
@@ -153,10 +156,12 @@ class _Counter:
         flat.about.append((facts, scope, order))
         return outs
 
-    def line(self, facts: _Facts, scope: str, order: int, read: int, written: int) -> list[Record]:
+    def line(
+        self, facts: _Facts, scope: str, order: int, moved: tuple[int, int], fused: tuple[int, int]
+    ) -> list[Record]:
         """The records of one line: its own, and those of what it runs."""
         found = []
-        if facts.flops or read or written or not facts.known:
+        if facts.flops or any(moved) or any(fused) or not facts.known:
             phase: Phase = "transfer" if facts.place else _ORDER[order]
             found.append(
                 Record(
@@ -164,8 +169,9 @@ class _Counter:
                     scope=scope,
                     phase=phase,
                     flops=facts.flops,
-                    read=read,
-                    written=written,
+                    read=moved[0],
+                    written=moved[1],
+                    fused=fused,
                     dtype=facts.dtype,
                     passes=facts.passes,
                     place=facts.place,
@@ -200,7 +206,7 @@ class _Counter:
             **common,
             kind=kind,
             flops=flops or 0,
-            moved=costs.bytes_of(eqn) if kind == "kernel" else (0, 0),
+            moved=costs.bytes_of(eqn) if kind in ("kernel", "matmul") else (0, 0),
             dtype=costs.dtype_of(eqn),
             passes=costs.passes_of(eqn),
             place=place,
@@ -251,6 +257,7 @@ def _within(r: Record, scope: str, times: int) -> Record:
         flops=r.flops,
         read=r.read,
         written=r.written,
+        fused=r.fused,
         times=r.times * times,
         dtype=r.dtype,
         passes=r.passes,
@@ -279,7 +286,9 @@ def _bodies(eqn: Any) -> list[Any]:
             found.append(param)
         elif isinstance(param, tuple | list):
             found += [p for p in param if isinstance(p, _PROGRAMS)]
-    inside = getattr(eqn.params.get("_prim"), "jaxpr", None)  # jax_remat3's checkpoint is a primitive with a program in it
+    inside = getattr(
+        eqn.params.get("_prim"), "jaxpr", None
+    )  # jax_remat3's checkpoint is a primitive with a program in it
     return [*found, inside] if isinstance(inside, _PROGRAMS) else found
 
 

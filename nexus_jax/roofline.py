@@ -3,7 +3,8 @@
 An equation takes ``max(FLOPs / peak, bytes / memory bandwidth)`` (Williams, Waterman and Patterson, Roofline: an insightful
 visual performance model, CACM 52(4), 2009); a step, the sum. What that assumes:
 
-- The bytes are those of :mod:`nexus_jax.fusion`: of a chain of elementwise equations, only what enters and leaves it.
+- The bytes are those of :mod:`nexus_jax.fusion`: of a chain of elementwise equations, only what enters and leaves it. On
+  a TPU matmuls are fused with what is around them.
 - The peak is that of the widest type that an equation takes: float32 runs at ``f32_flops``, which is one bfloat16 pass on
   a TPU and TF32 on a GPU, as at JAX's default precision; with ``Precision.HIGH`` it takes three such passes and with
   ``HIGHEST`` six. 16 bits and less run at ``bf16_flops``. Wider than 32 bits counts as float32, which is too fast; 8 bits
@@ -32,6 +33,8 @@ class Rates(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
     @property
     def bf16_flops(self) -> float: ...
     @property
@@ -176,7 +179,8 @@ def _time(record: Record, sheet: Rates) -> tuple[float, Bound]:
     if record.place:
         return record.times * record.written / _link(record.place, sheet), "host link"
     computing = record.flops / peak(record, sheet)
-    moving = (record.read + record.written) / sheet.memory_bandwidth
+    moved = sum(record.fused) if sheet.kind == "tpu" else record.read + record.written
+    moving = moved / sheet.memory_bandwidth
     return record.times * max(computing, moving), "FLOPs" if computing > moving else "bytes"
 
 
