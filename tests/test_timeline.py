@@ -156,8 +156,8 @@ def test_a_step_that_does_not_fit_sums_to_what_the_compiler_refuses(tmp_path):
         from nexus_jax.targets import worker
         out = pathlib.Path(sys.argv[1])
         place = SingleDeviceSharding(_compat.tpu_devices("v5e:2x2")[0])
-        x = jax.ShapeDtypeStruct((36000, 36000), jnp.float32, sharding=place)
-        fun = lambda x: jnp.tanh(jnp.tanh(x) @ x) @ x
+        x = jax.ShapeDtypeStruct((57344, 57344), jnp.float32, sharding=place)
+        fun = lambda x: jnp.sum(jnp.tanh(jnp.tanh(jnp.tanh(x) @ x) @ x))
         try:
             jax.jit(fun).lower(x).compile(compiler_options=worker.dump_options(out / "dump"))
         except Exception as error:
@@ -221,12 +221,11 @@ def test_the_phases_are_in_order(by_hand, target):
 def test_what_is_offloaded_is_on_the_host_and_nowhere_else(by_hand, target):
     t, figures = by_hand(target, "scanned", "offload")
     by_size = t.host_temp_by_size()
-    stacked = 4 * 4 * 8 * 128 * 64  # four layers of f32[8,128,64]
-    assert by_size and all(total % size == 0 for size, total in by_size.items()) and stacked in by_size
+    stacked = 4 * 4 * 8 * 128 * 256  # four layers of f32[8,128,256]: the only one of a MB or more
+    assert by_size == {stacked: stacked}
     assert sum(by_size.values()) == figures["host_temp_size"] == t.host.temporaries
     assert all(b.place == "host" for b in t.host_buffers) and all(b.place == "device" for b in t.buffers)
-    stacks = [b for b in t.host_buffers if b.bytes == max(by_size)]
-    assert stacks and all(b.path.startswith("ScannedGPT/layers/block") for b in stacks)
+    assert t.host_buffers and all(b.path.startswith("ScannedGPT/layers/block") for b in t.host_buffers)
     assert any(p.in_loop for p in t.points) and not all(p.in_loop for p in t.points)
 
 

@@ -13,7 +13,7 @@ from nexus_jax.scopes import Phase
 from nexus_jax.timeline import texts
 from nexus_jax.timeline.model import Buffer, Point, Sums, Timeline
 from nexus_jax.timeline.names import Names, Origin
-from nexus_jax.timeline.texts import HOST, Allocation, Schedule, Value
+from nexus_jax.timeline.texts import HOST, Allocation, Key, Schedule, Value
 
 
 def parse(*, buffer_assignment: str, live_range: str, hlo: str) -> Timeline:
@@ -194,15 +194,30 @@ def _buffers(
             buffers.append(_buffer(a, v, origin, place, (0, len(plan.order) - 1), a.kind))
             continue
         values = sorted(a.values, key=lambda v: plan.live[v.key])
-        end = max(plan.live[v.key][1] for v in values)
+        finals = _finals(values, plan) if a.kind == "output" else set()
         for v, origin in zip(values, _origins(values, plan, names), strict=True):
             live = plan.live[v.key]
             if origin.phase is None:
                 origin = dataclasses.replace(origin, phase=phases[live[0]])
-            # An output's memory may serve a temporary before.
-            kind = "output" if a.kind == "output" and live[1] == end else "temporary"
-            buffers.append(_buffer(a, v, origin, place, live, kind))
+            buffers.append(_buffer(a, v, origin, place, live, "output" if v.key in finals else "temporary"))
     return tuple(sorted(buffers, key=lambda b: b.first))
+
+
+def _finals(values: Sequence[Value], plan: Schedule) -> set[Key]:
+    """Which values of an output's memory are the output: its last, and a loop's carry that becomes it.
+
+    Before that the memory may serve a temporary.
+    """
+    last = max(values, key=lambda v: plan.live[v.key][1])
+    found, phi, first = {last.key}, last.phi, plan.live[last.key][0]
+    for v in reversed(values):
+        touches = plan.live[v.key][1] >= first - 1 and (v.offset, v.bytes) == (last.offset, last.bytes)
+        if v.key not in found and touches:
+            if not (v.phi or phi):  # another value, in the place of what it was made of
+                break
+            found.add(v.key)
+            phi, first = v.phi, plan.live[v.key][0]
+    return found
 
 
 def _buffer(

@@ -95,7 +95,7 @@ class Names:
             return Origin("", "", None)
         own = self._scope(found, index)
         path, op = _split(own)
-        if op in _STACKS:  # a scan writes its own name on what its steps stack up and take back
+        if _stacks(own):  # a scan writes its own name on what its steps stack up and take back
             path = max((path, *map(_module, self._around(found))), key=len)
         if path or (_is_scope(own) and not self._moves(found)):
             return Origin(path or _function(own), op, phase(own) if _is_scope(own) else None)
@@ -122,7 +122,7 @@ class Names:
         """The scopes inside a fusion, of what it is given and of what reads it."""
         given = [self.instructions[name] for name in made.operands if name in self.instructions]
         inside = [line.scope for line in self._lines.get(made.calls, ())]
-        return [*inside, *(self._scope(g, "") or self._before(g, _FAR) for g in given), self._after(made, _FAR)]
+        return [*inside, *(self._named(g, _FAR) for g in given), self._after(made, _FAR)]
 
     def _scope(self, made: Instruction, index: str) -> str:
         """What JAX called it; of a fusion with several results, what it called this one."""
@@ -146,12 +146,14 @@ class Names:
             sources = caller.operands[made.parameter : made.parameter + 1]
         else:
             sources = made.operands if self._moves(made) else ()
-        for source in (self.instructions[name] for name in sources if name in self.instructions):
-            scope = self._scope(source, "")
-            found = scope if _split(scope)[0] else self._before(source, far - 1) if far else ""
-            if found:
-                return found
-        return ""
+        given = (self.instructions[name] for name in sources if name in self.instructions)
+        return next(filter(None, (self._named(source, far - 1) for source in given)), "")
+
+    def _named(self, source: Instruction, far: int) -> str:
+        scope = self._scope(source, "")
+        if _split(scope)[0] and not _stacks(scope):
+            return scope
+        return self._before(source, far) if far else ""
 
     def _after(self, made: Instruction, far: int) -> str:
         """The name of the first module that reads it: for arguments, and for buffers that are filled later."""
@@ -160,9 +162,9 @@ class Names:
             readers.append(self._callers[made.computation])
         for reader in readers:
             scope = self._scope(reader, "")
-            if _module(scope) and _split(scope)[1] not in _STACKS:
+            if _module(scope) and not _stacks(scope):
                 return scope
-        further = [r for r in readers if self._moves(r) or _split(self._scope(r, ""))[1] in _STACKS]
+        further = [r for r in readers if self._moves(r) or _stacks(self._scope(r, ""))]
         return next(filter(None, (self._after(r, far - 1) for r in further)), "") if far else ""
 
 
@@ -193,6 +195,11 @@ def _split(scope: str) -> tuple[str, str]:
         return (argument_path(scope), "argument") if scope else ("", "")
     above, _, op = scope.rpartition("/")
     return module_path(above), op
+
+
+def _stacks(scope: str) -> bool:
+    """Whether it is a scan's own: stacking up what its steps keep, and taking it back."""
+    return _split(scope)[1] in _STACKS or "index_in_dim)" in scope
 
 
 def _module(scope: str) -> str:
