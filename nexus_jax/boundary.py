@@ -7,7 +7,6 @@ only the `jax.Array` leaves are traced, everything else goes in and comes out as
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -21,10 +20,26 @@ from nexus_jax.policy.places import checkpoint_by_name
 from nexus_jax.policy.rules import Policy
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Like:
+    """The class of a dataclass instance, and what the instance holds beside its fields; equal where these are."""
+
+    cls: type
+    others: dict[str, Any]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Like) or self.cls is not other.cls or self.others.keys() != other.others.keys():
+            return False
+        return all(value is other.others[name] for name, value in self.others.items())  # arrays have no ==
+
+    def __hash__(self) -> int:
+        return hash(self.cls)
+
+
 class _Opened:
     """A dataclass instance that JAX does not know as a pytree, opened so that arrays in it are leaves."""
 
-    def __init__(self, like: Any, values: dict[str, Any]):
+    def __init__(self, like: _Like, values: dict[str, Any]):
         self.like, self.values = like, values
 
 
@@ -39,15 +54,17 @@ def _open(leaf: Any) -> Any:
     if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type | jax.Array) or _is_module(leaf):
         return leaf
     names = [f.name for f in dataclasses.fields(leaf) if hasattr(leaf, f.name)]
-    return _Opened(leaf, {n: jax.tree.map(_open, getattr(leaf, n)) for n in names})
+    others = {name: value for name, value in getattr(leaf, "__dict__", {}).items() if name not in names}
+    return _Opened(_Like(type(leaf), others), {n: jax.tree.map(_open, getattr(leaf, n)) for n in names})
 
 
 def _close(node: Any) -> Any:
     if not isinstance(node, _Opened):
         return node
-    result = copy.copy(node.like)
-    for name, value in node.values.items():
-        object.__setattr__(result, name, jax.tree.map(_close, value, is_leaf=lambda x: isinstance(x, _Opened)))
+    result = node.like.cls.__new__(node.like.cls)
+    fields = {k: jax.tree.map(_close, v, is_leaf=lambda x: isinstance(x, _Opened)) for k, v in node.values.items()}
+    for name, value in {**node.like.others, **fields}.items():
+        object.__setattr__(result, name, value)
     return result
 
 
