@@ -228,26 +228,32 @@ def before(flow: Flow, value: int, ops: set[str]) -> int:
 
 
 def origin(flow: Flow, value: int) -> Node | None:
-    """The equation that made a value's numbers, inside loops too; None for an argument or a constant."""
+    """The equation that made a value's numbers, in loops and branches too; None for an argument or a constant."""
     while value in flow.maker:
         nearer = before(flow, value, MOVED)
-        if nearer in flow.maker:
-            value = nearer
+        value = nearer if nearer in flow.maker else value
         node, position = flow.maker[value]
-        if node.op != "scan":
+        inner = _inside(flow, node, position)
+        if inner is None:
             return node
-        body, first = node.bodies[0], node.first_carried
-        inner = body.outputs[position]
-        if inner in body.inputs:  # handed on from one step to the next, or through
-            at = body.inputs.index(inner)
-            inner = body.outputs[at - first] if first <= at < first + node.carried else inner
-            if inner in body.inputs:
-                outer = node.ins[at]
-                if outer not in flow.maker:
-                    return node
-                value = outer
-                continue
-        if inner not in body.maker:
-            return node
-        flow, value = body, inner
+        flow, value = inner
     return None
+
+
+def _inside(flow: Flow, node: Node, position: int) -> tuple[Flow, int] | None:
+    """What a result of a loop or of branches is in its body, or before it; None where it is no one value."""
+    if node.op == "cond":
+        outs = [(body, body.outputs[position]) for body in node.bodies]
+        made = [(body, out) for body, out in outs if out in body.maker]
+        return next((pair for pair in made if not pair[0].is_constant(pair[1])), made[0] if made else None)
+    if node.op != "scan":
+        return None
+    body, first = node.bodies[0], node.first_carried
+    inner = body.outputs[position]
+    if inner in body.inputs:  # handed on from one step to the next, or through
+        at = body.inputs.index(inner)
+        inner = body.outputs[at - first] if first <= at < first + node.carried else inner
+        if inner in body.inputs:
+            outer = node.ins[at]
+            return (flow, outer) if outer is not None and outer in flow.maker else None
+    return (body, inner) if inner is not None and inner in body.maker else None

@@ -79,13 +79,13 @@ class Kept:
 
 
 def _names(flow: Flow, value: int) -> list[int]:
-    """A value without its views; for what a scan stacks, the value in its body too."""
+    """A value without its views; for what a scan stacks or a branch makes, the value in its body too."""
     root = before(flow, value, MOVED)
     node, position = flow.maker.get(root, (None, 0))
-    if node is None or node.op != "scan" or position < node.carried:
+    if node is None or not (node.op == "cond" or (node.op == "scan" and position >= node.carried)):
         return [root]
-    inner = node.bodies[0].outputs[position]
-    return [root, *([] if inner is None else _names(node.bodies[0], inner))]
+    inner = [(body, body.outputs[position]) for body in node.bodies]
+    return [root, *(name for body, out in inner if out is not None for name in _names(body, out))]
 
 
 _RANDOM = {"random_bits", "threefry2x32", "rng_bit_generator", "random_gamma"}
@@ -195,14 +195,15 @@ def _remake(
         want(value)
     while order:
         node = heapq.heappop(order)[-1]
-        if known is not None and not order and node.op != "scan":
+        if known is not None and not order and not node.bodies:
             at = node, frozenset(pending[node])
             if at in known:
                 tally.merge(known[at])
                 break
             narrow[at] = tally.copy()
-        if node.op == "scan":
-            for i in _remake_steps(node, pending[node], there, tally, times * node.times):
+        if node.op in ("scan", "cond"):
+            inside = _remake_steps if node.op == "scan" else _remake_branch
+            for i in inside(node, pending[node], there, tally, times * node.times):
                 want(node.ins[i])
             continue
         tally.add(node, times)
@@ -226,3 +227,16 @@ def _remake_steps(node: Node, wanted: set[int], there: Container[int], tally: _T
             tally.merge(steps)
             return taken
         wanted = wanted | carried
+
+
+def _remake_branch(node: Node, wanted: set[int], there: Container[int], tally: _Tally, times: int) -> list[int]:
+    """As :func:`_remake` for a conditional: its branch with the most FLOPs, and what any of them takes."""
+    most, taken = _Tally(), {0}  # the predicate
+    for body in node.bodies:
+        branch = _Tally()
+        outs = [out for i in wanted if (out := body.outputs[i]) is not None]
+        inputs = _remake(body, outs, there, branch, times)
+        taken |= {i + 1 for i, value in enumerate(body.inputs) if value in inputs}
+        most = max(most, branch, key=lambda t: (t.flops, t.nodes))
+    tally.merge(most)
+    return sorted(taken)

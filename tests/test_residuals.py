@@ -265,6 +265,19 @@ def test_recomputing_in_a_loop_takes_every_step_and_what_carries_from_one_to_the
     assert str(r.recompute) == "5 dot_general, 1.36 kFLOP"
 
 
+def test_branches_are_looked_into():
+    def f(w, x, yes):
+        with jax.named_scope("block"):
+            kept = lambda x: jnp.sin(jnp.exp(x) @ w)
+            return jnp.sum(jax.lax.cond(yes, kept, lambda x: jnp.zeros((4, 8)), x))
+
+    found = {r.op: r for r in nj.residuals(f, F32(8, 8), F32(4, 8), jax.ShapeDtypeStruct((), bool))}
+    assert {"cos", "exp"} <= set(found) and found["cos"].path == "block" and "test_residuals.py" in found["cos"].source
+    assert found["cos"].recompute.matmuls == (("dot_general", 1),) and found["exp"].recompute.matmuls == ()
+    assert found["cos"].recompute.flops == 2 * 4 * 8 * 8 + 32 and found["exp"].recompute.flops == 32
+    assert "operand of dot_general" in found["exp"].why and "factor of mul" in found["cos"].why
+
+
 def test_recomputing_starts_from_what_is_kept():
     """With the boundaries' inputs kept, a layer is one layer's work; without, all layers before it."""
     layer = lambda w, x: jnp.tanh(x @ w)
