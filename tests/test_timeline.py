@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import SingleDeviceSharding
 from models import GPT, ScannedGPT, linen_loss
 
 import nexus_jax as nj
@@ -47,23 +48,30 @@ def compiled(folder, lowered):
     return {**figures, "texts": {name: (folder / name).read_text() for name in worker.TEXTS.values()}}
 
 
+STEPS = [("gpt", "none"), ("gpt", "all"), ("scanned", "offload")]
+
+
+def compile_steps(device, out):
+    """Each of the steps for a device, None for the local one; texts and figures into folders of their own."""
+    place = None if device is None else SingleDeviceSharding(device)
+    for name, policy in STEPS:
+        loss, args = globals()[name](policy)
+        args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
+        folder = out / f"{name}_{policy}"
+        folder.mkdir()
+        figures = compiled(folder, jax.jit(jax.value_and_grad(loss)).lower(*args))
+        (folder / "figures.json").write_text(json.dumps(figures))
+
+
 BY_HAND = """
-import json, pathlib, sys, jax
+import pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import test_timeline
 from nexus_jax import _compat
 from nexus_jax.targets.sheets import gpu_target_config, sheet
-from jax.sharding import SingleDeviceSharding
-target, out = sys.argv[2], pathlib.Path(sys.argv[3])
-device = (_compat.tpu_devices("v5e:2x2") if target == "v5e" else _compat.gpu_devices(gpu_target_config(sheet(target))))[0]
-place = SingleDeviceSharding(device)
-for name, policy in (("gpt", "none"), ("gpt", "all"), ("scanned", "offload")):
-    loss, args = getattr(test_timeline, name)(policy)
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
-    folder = out / f"{name}_{policy}"
-    folder.mkdir()
-    figures = test_timeline.compiled(folder, jax.jit(jax.value_and_grad(loss)).lower(*args))
-    (folder / "figures.json").write_text(json.dumps(figures))
+target = sys.argv[2]
+devices = _compat.tpu_devices("v5e:2x2") if target == "v5e" else _compat.gpu_devices(gpu_target_config(sheet(target)))
+test_timeline.compile_steps(devices[0], pathlib.Path(sys.argv[3]))
 """
 
 
@@ -73,25 +81,17 @@ def by_hand(tmp_path_factory):
     folders = {}
 
     def get(target, name, policy):
+        if target != "local" and not _compat.has_compiler(KINDS[target]):
+            pytest.skip(f"no compiler for {target}: {_compat.install_line(KINDS[target])}")
         if target not in folders:
             folders[target] = tmp_path_factory.mktemp(target)
             if target == "local":
-                for n, p in (("gpt", "none"), ("gpt", "all"), ("scanned", "offload")):
-                    loss, args = globals()[n](p)
-                    folder = folders[target] / f"{n}_{p}"
-                    folder.mkdir()
-                    figures = compiled(folder, jax.jit(jax.value_and_grad(loss)).lower(*args))
-                    (folder / "figures.json").write_text(json.dumps(figures))
+                compile_steps(None, folders[target])
             else:
-                if not _compat.has_compiler(KINDS[target]):
-                    pytest.skip(f"no compiler for {target}: {_compat.install_line(KINDS[target])}")
                 env = {**os.environ, **_compat.TPU_ENVIRONMENT, "JAX_PLATFORMS": "cpu"}
                 argv = [sys.executable, "-c", BY_HAND, os.path.dirname(__file__), target, str(folders[target])]
                 subprocess.run(argv, env=env, check=True, capture_output=True)
-        found = folders[target] / f"{name}_{policy}" / "figures.json"
-        if not found.exists():
-            pytest.skip(f"no compiler for {target}")
-        figures = json.loads(found.read_text())
+        figures = json.loads((folders[target] / f"{name}_{policy}" / "figures.json").read_text())
         return timeline.parse(**figures["texts"]), figures
 
     return get
@@ -104,7 +104,7 @@ TARGETS = ("local", "v5e", "h200")
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("name", "policy"), [("gpt", "none"), ("gpt", "all"), ("scanned", "offload")])
+@pytest.mark.parametrize(("name", "policy"), STEPS)
 def test_it_sums_to_the_compilers_own_total(by_hand, target, name, policy):
     t, figures = by_hand(target, name, policy)
     d = t.device
@@ -124,7 +124,7 @@ def test_it_sums_to_the_compilers_own_total(by_hand, target, name, policy):
     assert [b.bytes for b in t.at_peak] == sorted((b.bytes for b in t.at_peak), reverse=True)
 
 
-@pytest.mark.parametrize(("name", "policy"), [("gpt", "none"), ("gpt", "all"), ("scanned", "offload")])
+@pytest.mark.parametrize(("name", "policy"), STEPS)
 def test_what_is_in_use_is_what_the_compilers_heap_simulation_says(by_hand, name, policy):
     """XLA's own peak on a GPU: arguments, outputs, constants, and the most that is live in the heap."""
     t, figures = by_hand("h200", name, policy)
@@ -337,6 +337,16 @@ def test_an_odd_name_is_only_a_name():
     )
     [buffer] = timeline.parse(**made).buffers
     assert buffer.path == "params/a/b{}/</script>"
+
+
+def test_collectives_made_one_are_named_by_the_first():
+    scope = "jit(f)/(jit(fun)/jvp(layer_0)/tanh:jit(fun)/transpose(jvp(layer_2))/mul:all)"
+    line = f'  %a = f32[4]{{0}} all-gather-start(%x), metadata={{op_name="{scope}"}}'
+    made = texts(
+        [("size 16, preallocated-temp", ["a @0> (size=16,offset=0): f32[4]{0}"])], ["x", "a"], {"a{}": (1, 1)}, [line]
+    )
+    [buffer] = timeline.parse(**made).buffers
+    assert (buffer.path, buffer.op, buffer.phase) == ("layer_0", "tanh", "forward")
 
 
 @st.composite

@@ -218,6 +218,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\((.*?)(?:\),|\)$)")  # after the type, which may hold brackets of all kinds
 _SCOPE = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+_MERGED = re.compile(r"(?<=/)\(([^:]*):.*\)$")  # of collectives made one: "jit(f)/(a/tanh:b/mul)"; named by the first
 _CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
 _LOOP = re.compile(r"\b(?:body|condition)=%?([\w.\-]+)")
 
@@ -229,7 +230,7 @@ def _instruction(name: str, rest: str, computation: str) -> Instruction:
     return Instruction(
         name=name,
         opcode=found[1] if found else "",
-        scope=re.sub(r"\\(.)", r"\1", scope[1]) if scope else "",
+        scope=_MERGED.sub(r"\1", re.sub(r"\\(.)", r"\1", scope[1])) if scope else "",
         operands=tuple(re.findall(r"%([\w.\-]+)", found[2])) if found else (),
         calls=calls[1] if calls else "",
         computation=computation,

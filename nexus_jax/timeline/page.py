@@ -33,7 +33,7 @@ def page(lines: Mapping[str, Timeline]) -> str:
     """The text of that page."""
     if not lines:
         raise ValueError("lines is empty: give at least one policy's timeline.")
-    template = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    template = importlib.resources.files("nexus_jax.timeline").joinpath("page.html").read_text(encoding="utf-8")
     data = json.dumps([_policy(name or "the step", t) for name, t in lines.items()], separators=(",", ":"))
     # Names are the user's text: nothing in them may end the element that holds them.
     for character in "<>&\u2028\u2029":
