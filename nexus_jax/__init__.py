@@ -1,6 +1,9 @@
 """Save, recompute or offload: activation memory for Flax models, by policy and with proof."""
 
 from nexus_jax import checkpoint_policies as checkpoint_policies
+from nexus_jax import timeline as timeline
+from nexus_jax.calibration import Calibration as Calibration
+from nexus_jax.calibration import calibrate as calibrate
 from nexus_jax.compare import Comparison as Comparison
 from nexus_jax.compare import compare as compare
 from nexus_jax.doctor import doctor as doctor
@@ -8,6 +11,11 @@ from nexus_jax.engaged import engaged as engaged
 from nexus_jax.fit import fit as fit
 from nexus_jax.measure import Measurement as Measurement
 from nexus_jax.measure import measure as measure
+from nexus_jax.peak import predict_peak as predict_peak
+from nexus_jax.planner import Infeasible as Infeasible
+from nexus_jax.planner import Plan as Plan
+from nexus_jax.planner import PlanMismatch as PlanMismatch
+from nexus_jax.planner import plan as plan
 from nexus_jax.policy import CheckpointRule as CheckpointRule
 from nexus_jax.policy import Policy as Policy
 from nexus_jax.policy import ResidualRule as ResidualRule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 (no answer) or 3 (larger than allowed)."""
     args = _parser().parse_args(argv)
     warnings.showwarning = _warn
+    _without_devices(args)
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -34,6 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = isinstance(error, ValueError | RuntimeError | OSError)
         print(f"nexus-jax: {' '.join(str(error).split()) if known else described(error)}", file=sys.stderr)
         return FAILED
+
+
+def _without_devices(args: argparse.Namespace) -> None:
+    """Keep JAX from looking for devices where only others' are asked about: it prints what it does not find."""
+    import jax
+
+    if all(t != "local" for t in getattr(args, "target", None) or ["local"]) and not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
@@ -79,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         "timeline": ("device bytes over the step, as a picture and a page", _timeline),
         "fit": ("the largest batch that fits", _fit),
         "engaged": ("whether the compiled step does what its policy wants", _engaged),
+        "plan": ("the fastest plan within a budget of device memory", _plan),
+        "doctor": ("flags, environment and step: what would keep a policy from doing what it says", _doctor),
     }
     made = {}
     for name, (help_, run) in about.items():
@@ -101,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     made["fit"].add_argument(
         "--limit", type=bytes_of, metavar="SIZE", help="device bytes to stay within (default: the target's)"
     )
+    made["plan"].add_argument("--budget", required=True, metavar="SIZE", help="12GiB, 16GB, or 90%% of the target's")
+    made["plan"].add_argument("--out", type=pathlib.Path, metavar="FILE", help="write the plan as TOML")
+    made["plan"].add_argument("--time-limit", type=float, help="seconds for the solver")
     diff = commands.add_parser("diff", help="what changed between two reports of compare --json")
     diff.add_argument("before", type=pathlib.Path)
     diff.add_argument("after", type=pathlib.Path)
@@ -267,6 +282,37 @@ def _engaged(args: argparse.Namespace) -> int:
     text = "\n".join(f"{name or workload.name}\n{checks}" for name, checks in found.items())
     _show(args, text, {name: checks.as_dict() for name, checks in found.items()})
     return 0 if all(checks.engaged for checks in found.values()) else NOT_ENGAGED
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from nexus_jax.planner import plan
+
+    if args.policy:
+        raise ValueError("a plan takes the place of a policy: leave --policy out.")
+    loss, arguments = _workload(args)()
+    target = _single_target(args)
+    found = plan(loss, *arguments, memory_budget=args.budget, target=target, time_limit=args.time_limit)
+    if args.out:
+        found.save(args.out)
+    figures = ("target", "objective", "budget", "device_bytes", "host_bytes", "predicted_bytes", "unplanned_bytes")
+    machine = {name: getattr(found, name) for name in (*figures, "extra_flops", "step_flops", "gap", "trials")}
+    _show(args, found, machine)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from nexus_jax.doctor import doctor
+
+    workload, target = _workload(args), _single_target(args)
+    found = {policy: doctor(*_flat(workload(policy)), target=target) for policy in args.policy or [None]}
+    text = "\n".join(f"{policy or workload.name}\n{report_}" for policy, report_ in found.items())
+    _show(args, text, {str(policy): [dataclasses.asdict(f) for f in report_] for policy, report_ in found.items()})
+    return 0
+
+
+def _flat(made: Any) -> tuple[Any, ...]:
+    loss, arguments = made
+    return (loss, *arguments)
 
 
 def _diff(args: argparse.Namespace) -> int:

@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
+import nexus_jax as nj
 from nexus_jax import cli
 
 WORK = """
@@ -110,6 +112,27 @@ def test_engaged_is_a_status(capsys):
     assert (status, json.loads(out)) == (0, {"none": {"target": "local", "engaged": True, "checks": []}}), err
     status, out, _ = run(capsys, "engaged", "work.py:step", "--policy", "offload_dot_with_no_batch_dims")
     assert status == cli.NOT_ENGAGED and "NO: this device has no memory apart from the host's" in out
+
+
+def test_a_plan_is_printed_and_written(capsys, tmp_path):
+    _, out, _ = run(capsys, "measure", "work.py:step", "--set", "batch=2048", "--json")
+    plain = json.loads(out)["rows"][0]["measured"]["local"]["device_bytes"]
+    argv = ("plan", "work.py:step", "--set", "batch=2048", "--budget")
+    status, out, err = run(capsys, *argv, str(2 * plain), "--json")
+    assert status == 0 and json.loads(out)["device_bytes"] == plain and json.loads(out)["extra_flops"] == 0, err
+    status, out, err = run(capsys, *argv, "1KiB")
+    assert status == cli.FAILED and "is too small on local: the step takes" in err
+    assert run(capsys, *argv, "much")[0] == cli.FAILED
+    smaller = int(0.9 * plain)
+    status, out, err = run(capsys, *argv, str(smaller), "--out", "plan.toml")
+    if jax.__version_info__ >= (0, 11):  # jax 0.10's XLA frees nothing on a CPU
+        assert status == 0 and "plan for" in out and nj.Plan.load("plan.toml").device_bytes <= smaller, err
+
+
+def test_the_doctor_looks_at_a_step(capsys):
+    status, out, err = run(capsys, "doctor", "work.py:step", "--policy", "all")
+    assert status == 0 and "work.py" not in err and out.startswith("all")
+    assert isinstance(json.loads(run(capsys, "doctor", "work.py:step", "--json")[1])["None"], list)
 
 
 def test_fit_finds_the_largest_batch(capsys):
