@@ -224,4 +224,5 @@ class _Search:
         if self.target.sheet is None:
             return None
         program = self._program(policy, n)
-        return n / step_time(flops.count(program.fun, *program.arrays), self.target.sheet).seconds
+        count = flops.count(program.fun, *program.arrays)
+        return n / step_time(count, self.target.sheet, self.target.devices).seconds

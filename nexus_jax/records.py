@@ -67,6 +67,7 @@ def records_of(jaxpr: Any) -> tuple[Record, ...]:
 
 # Equations that run a body once, with its inputs and outputs as theirs: a compiler sees through them.
 _CALLS = (_compat.CALLS - {"scan"}) | {"call", "custom_vjp_call", "custom_vjp_call_jaxpr", "composite", "linear_call"}
+_CALLS |= {"call_hi_primitive"}  # a checkpoint under jax_remat3
 _CHECKPOINTS = {"checkpoint", "remat", "remat2"}
 
 # A part of the step as a number, so that an outer scope and an inner one combine by max().

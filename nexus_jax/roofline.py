@@ -13,8 +13,8 @@ visual performance model, CACM 52(4), 2009); a step, the sum. What that assumes:
 - Several devices share FLOPs and bytes evenly. The network costs nothing; parameters that every device has a copy of are
   read once, not once a device.
 
-So the time is a bound from below, in practice by a factor of 1.3 to 3. Ratios of times, between policies or batches, are
-what it is good for.
+So a step takes longer than this: the time is an optimistic bound, and ratios of times, between policies or batches, say
+more than the times themselves.
 """
 
 from __future__ import annotations

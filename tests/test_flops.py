@@ -482,6 +482,21 @@ def test_remat_adds_the_layers_forward_to_the_recompute_phase():
     assert plain.by_phase["recompute"] == 0 and plain.transfer_bytes == {"host": 0, "device": 0}
 
 
+def test_remat_under_the_flag_of_its_successor():
+    if not hasattr(jax.config, "jax_remat3"):
+        pytest.skip("this JAX has one remat")
+    before = jax.config.jax_remat3
+    jax.config.update("jax_remat3", True)
+    try:
+        layer = jax.checkpoint(lambda x: jnp.sin(jnp.sin(x @ x)))
+        assert count(layer, f32(4, 4)).matmuls == 1 and not count(layer, f32(4, 4)).unknown
+        found = count(jax.grad(lambda x: jnp.sum(layer(x))), f32(4, 4))
+    finally:
+        jax.config.update("jax_remat3", before)
+    phases = [r.phase for r in found.records if r.op == "dot_general"]
+    assert phases.count("recompute") == 1 and phases.count("backward") == 2 and not found.unknown
+
+
 def test_offloaded_bytes_are_in_the_transfer_phase():
     offload = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
