@@ -89,8 +89,9 @@ def _unit(most: float) -> tuple[str, int]:
 
 
 def _curve(axes: Any, t: Timeline, color: str, scale: int, fill: bool) -> None:
-    steps = [p.step for p in t.points] + [len(t.points)]
-    used = [p.bytes / scale for p in t.points] + [t.points[-1].bytes / scale]
+    changes = [b for a, b in itertools.pairwise((None, *t.points)) if a is None or a.bytes != b.bytes]
+    steps = [p.step for p in changes] + [len(t.points)]
+    used = [p.bytes / scale for p in (*changes, t.points[-1])]
     axes.plot(steps, used, drawstyle="steps-post", color=color, linewidth=1.3)
     if fill:
         axes.fill_between(steps, used, step="post", color=color, alpha=0.12, linewidth=0)
