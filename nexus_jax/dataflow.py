@@ -73,7 +73,7 @@ class Flow:
 
     ``jit``, ``jax.checkpoint``, custom derivatives and ``shard_map`` are opened in place, once per call; a
     ``checkpoint_name`` is the value that it names. Loops and branches stay nodes, with flows as their bodies. A value
-    is a number, unique over all flows.
+    is a number, unique over all flows; ``outside`` is the flow and the node whose body a flow is.
 
     Args:
         jaxpr: an open jaxpr.
@@ -82,6 +82,7 @@ class Flow:
 
     def __init__(self, jaxpr: Any, scope: str = "", within: tuple[Any, ...] = ()):
         self.jaxpr = jaxpr
+        self.outside: tuple[Flow, Node] | None = None
         self.nodes: list[Node] = []
         self.maker: dict[int, tuple[Node, int]] = {}
         self.readers: dict[int, list[tuple[Node, int]]] = defaultdict(list)
@@ -136,6 +137,8 @@ class Flow:
             bodies=bodies,
         )
         self.nodes.append(node)
+        for body in bodies:
+            body.outside = self, node
         for i, value in enumerate(outs):
             self.maker[value] = node, i
         for i, value in enumerate(ins):
@@ -243,9 +246,7 @@ def origin(flow: Flow, value: int) -> Node | None:
 def _inside(flow: Flow, node: Node, position: int) -> tuple[Flow, int] | None:
     """What a result of a loop or of branches is in its body, or before it; None where it is no one value."""
     if node.op == "cond":
-        outs = [(body, body.outputs[position]) for body in node.bodies]
-        made = [(body, out) for body, out in outs if out in body.maker]
-        return next((pair for pair in made if not pair[0].is_constant(pair[1])), made[0] if made else None)
+        return _in_branch(flow, node, position)
     if node.op != "scan":
         return None
     body, first = node.bodies[0], node.first_carried
@@ -257,3 +258,18 @@ def _inside(flow: Flow, node: Node, position: int) -> tuple[Flow, int] | None:
             outer = node.ins[at]
             return (flow, outer) if outer is not None and outer in flow.maker else None
     return (body, inner) if inner is not None and inner in body.maker else None
+
+
+def _in_branch(flow: Flow, node: Node, position: int) -> tuple[Flow, int] | None:
+    """As :func:`_inside`: where one branch computes or hands on a value, and another stands in with zeros, the first."""
+    handed_on = None
+    for body in node.bodies:
+        out = body.outputs[position]
+        if out is None:
+            continue
+        root, same = before(body, out, VIEWS | MOVED), before(body, out, MOVED)
+        if root in body.maker and not body.is_constant(root):
+            return body, out
+        if same in body.inputs and (outer := node.ins[body.inputs.index(same) + 1]) in flow.maker:
+            handed_on = flow, outer
+    return handed_on

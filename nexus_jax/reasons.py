@@ -60,7 +60,7 @@ class Reasons:
     """The backward pass, asked what it does with a residual."""
 
     def __init__(self, flow: Flow):
-        self.flow, self.live, self.outputs = flow, flow.live(), set(flow.outputs)
+        self.flow, self.live = flow, flow.live()
 
     def uses(self, values: Iterable[int]) -> tuple[Use, ...]:
         """The equations that read an input of the backward pass, past views and conversions; none that are for nothing."""
@@ -69,7 +69,8 @@ class Reasons:
         seen = {value for _, value in pending}
         while pending:
             flow, value = pending.pop()
-            if value in self.outputs:
+            onward = _handed_out(flow, value)
+            if flow is self.flow and value in flow.outputs:
                 found.add(Use(role="gradient", op="", path=""))
             for node, i in flow.readers.get(value, ()):
                 if node not in self.live:
@@ -77,8 +78,9 @@ class Reasons:
                 further = _further(flow, node, i)
                 if not further:
                     found.add(_use(node, i))
-                pending += [pair for pair in further if pair[1] not in seen]
-                seen.update(v for _, v in further)
+                onward += further
+            pending += [pair for pair in onward if pair[1] not in seen]
+            seen.update(v for _, v in onward)
         return tuple(sorted(found))
 
 
@@ -91,6 +93,18 @@ def _further(flow: Flow, node: Node, i: int) -> list[tuple[Flow, int]]:
     if node.op == "cond" and i:
         return [(body, body.inputs[i - 1]) for body in node.bodies]
     return []
+
+
+def _handed_out(flow: Flow, value: int) -> list[tuple[Flow, int]]:
+    """Where a value goes on to that is a result of a loop's or a branch's body."""
+    if flow.outside is None or value not in flow.outputs:
+        return []
+    outer, node = flow.outside
+    positions = [i for i, out in enumerate(flow.outputs) if out == value]
+    found = [(outer, node.outs[i]) for i in positions]
+    if node.op == "scan":
+        found += [(flow, flow.inputs[node.first_carried + i]) for i in positions if i < node.carried]
+    return found
 
 
 _ROLES = {"mul": "factor", "dot_general": "operand", "select_n": "case", "cond": "operand"}

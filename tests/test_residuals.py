@@ -219,6 +219,25 @@ def test_why_names_the_module_and_the_boundary():
     assert x.why == "input of the recomputation of GPT/blocks_1" and x.op == "add"
 
 
+def test_why_it_is_kept_behind_branches_and_loops_that_hand_it_on():
+    """As where a value comes back from the host in a branch, or in a loop of its own."""
+
+    def handed_on(through):
+        @jax.custom_vjp
+        def f(x):
+            return jnp.sin(x)
+
+        f.defvjp(lambda x: (jnp.sin(x), jnp.cos(x)), lambda kept, ct: (through(kept, ct) * ct,))
+        return lambda x: jnp.sum(f(x))
+
+    branch = lambda kept, ct: jax.lax.cond(ct[0] < 9, lambda x: x, lambda x: x * 0, kept)
+    loop = lambda kept, ct: jax.lax.scan(lambda c, _: (c, None), kept, None, length=2)[0]
+    stacked = lambda kept, ct: jax.lax.scan(lambda c, x: (c, x), ct, kept)[1]
+    for through in (branch, loop, stacked):
+        [r] = nj.residuals(handed_on(through), F32(8))
+        assert r.op == "cos" and "factor of mul in the backward of the function" in r.why
+
+
 def test_what_nothing_reads_says_so():
     @jax.custom_vjp
     def f(x):
