@@ -126,6 +126,8 @@ def source_line(eqn: Any) -> str:
 
 # --- linen -------------------------------------------------------------------------------------------------------
 
+LINEN_CALL = "_call_wrapped_method"  # what every method of a linen module is run by
+
 
 def lifted_kind(cls: type) -> str | None:
     """``"Scan"``, ``"Jit"``, ... if ``nn.scan``, ``nn.jit``, ... made this class from another one, else None."""

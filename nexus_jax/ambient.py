@@ -17,6 +17,11 @@ def current() -> Any:
     return None if inside else offloader
 
 
+def reaches(offloader: Any) -> bool:
+    """Whether ``offloader`` is in force already: the next outermost call, or the one around this, runs under it."""
+    return (_OFFLOADER.value or (None, False))[0] == offloader
+
+
 def using(offloader: Any) -> contextlib.AbstractContextManager:
     """Put ``offloader`` (None: no offloading) in force; the innermost wins."""
     return _OFFLOADER(None if offloader is None else (offloader, False))

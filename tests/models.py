@@ -1,17 +1,20 @@
 """Small models that tests and benchmarks share: a GPT in linen (unrolled and scanned) and in nnx."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 
-def attend(q, k, v, dtype):
+def attend(q, k, v, dtype, dot=jax.lax.dot_general):
     """Causal attention; scores and softmax in f32, as in `jax.nn.dot_product_attention`. [batch, length, heads, head_dim]."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     mask = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))
     weights = jax.nn.softmax(jnp.where(mask, scores, -1e30))
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(dtype), v)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(dtype), v, _dot_general=dot)
 
 
 class Attention(nn.Module):
@@ -62,6 +65,45 @@ class GPT(nn.Module):
         for i in range(self.layers):
             x = self.make_block(i)(self.heads, self.dropout, self.dtype, name=f"blocks_{i}")(x, train)
         return embed.attend(nn.LayerNorm(dtype=self.dtype, name="norm")(x))
+
+
+# The boundaries of three policies as one would write them by hand.
+
+KEPT_BY_HAND = jax.checkpoint_policies.save_only_these_names("kept")
+
+
+def kept_dot(*args, **kwargs):
+    return checkpoint_name(jax.lax.dot_general(*args, **kwargs), "kept")
+
+
+class NamedAttention(Attention):
+    """The attention with a name on what HEAVY_OPS keeps: the outputs of the weight matmuls, and the context."""
+
+    @nn.compact
+    def __call__(self, x):
+        d = x.shape[-1]
+        dense = functools.partial(nn.DenseGeneral, dtype=self.dtype, dot_general=kept_dot)
+        q, k, v = (dense((self.heads, d // self.heads), name=n)(x) for n in ("q", "k", "v"))
+        return dense(d, axis=(-2, -1), name="out")(attend(q, k, v, self.dtype, kept_dot))
+
+
+class HandAttentionBlock(Block):
+    attention: type = nn.remat(NamedAttention, policy=KEPT_BY_HAND)
+
+
+class HandAlternate(GPT):
+    def make_block(self, i):
+        return nn.remat(Block, static_argnums=(2,)) if i % 2 == 0 else Block
+
+
+def gpt_by_hand(policy, **sizes):
+    match policy:
+        case "all":
+            return GPT(**sizes, block=nn.remat(Block, static_argnums=(2,)))
+        case "alternate":
+            return HandAlternate(**sizes)
+        case "heavy_ops":
+            return GPT(**sizes, block=HandAttentionBlock)
 
 
 class Step(nn.Module):
@@ -125,6 +167,30 @@ class NNXGPT(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return self.embed.attend(self.norm(x))
+
+
+class NNXHandBlock(NNXBlock):
+    __call__ = nnx.remat(NNXBlock.__call__)
+
+
+class NNXNamedAttention(NNXAttention):
+    @nnx.remat(policy=KEPT_BY_HAND)
+    def __call__(self, x):
+        for linear in (self.q, self.k, self.v, self.out):
+            linear.dot_general = kept_dot
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.out(attend(q, k, v, self.dtype, kept_dot))
+
+
+def nnx_gpt_by_hand(policy, plain):
+    """A copy of an NNXGPT with the boundaries of a policy written by hand."""
+    model = nnx.clone(plain)
+    for i, block in enumerate(model.blocks):
+        if policy == "all" or (policy == "alternate" and i % 2 == 0):
+            object.__setattr__(block, "__class__", NNXHandBlock)
+        if policy == "heavy_ops":
+            object.__setattr__(block.attn, "__class__", NNXNamedAttention)
+    return model
 
 
 def loss_of(logits, tokens):

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from checks import assert_close, assert_effect, check_linen, normalised, total, unfused
 from jax.sharding import NamedSharding, PartitionSpec
-from models import GPT, Block, ScannedGPT, linen_loss
+from models import GPT, Block, ScannedGPT, gpt_by_hand, linen_loss
 
 import nexus_jax as nj
 from nexus_jax.flops import count_matmuls
@@ -507,12 +507,12 @@ def test_other_methods_than_call():
     assert_close(jax.grad(loss(model))(variables), jax.grad(loss(ours))(variables))
 
 
-def test_hlo_equals_that_of_nn_remat_by_hand():
-    by_hand = GPT(layers=2, block=nn.remat(Block, static_argnums=(2,)))
-    plain = GPT(layers=2)
+@pytest.mark.parametrize("policy", ["all", "alternate", "heavy_ops"])
+def test_hlo_equals_that_of_nn_remat_by_hand(policy):
+    plain, by_hand = GPT(layers=2), gpt_by_hand(policy, layers=2)
     params = plain.init(jax.random.key(0), TOKENS)
     compiled = lambda m: normalised(
         jax.jit(jax.value_and_grad(linen_loss(m, TOKENS))).lower(params).compile().as_text()
     )
-    assert compiled(nj.apply_selective_checkpointing(plain, "all")) == compiled(by_hand)
+    assert compiled(nj.apply_selective_checkpointing(plain, policy)) == compiled(by_hand)
     assert compiled(by_hand) != compiled(plain)

@@ -13,7 +13,7 @@ import pytest
 from checks import assert_close, assert_effect, normalised, total, unfused
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from models import NNXGPT, NNXBlock, loss_of
+from models import NNXGPT, loss_of, nnx_gpt_by_hand
 
 import nexus_jax as nj
 from nexus_jax.flops import count_matmuls
@@ -325,15 +325,10 @@ def test_bf16_with_f32_parameters():
     )
 
 
-def test_hlo_equals_that_of_nnx_remat_by_hand():
-    class Hand(NNXBlock):
-        __call__ = nnx.remat(NNXBlock.__call__)
-
-    plain = NNXGPT(rngs=nnx.Rngs(0))
-    by_hand = nnx.clone(plain)
-    for block in by_hand.blocks:
-        object.__setattr__(block, "__class__", Hand)
-    ours = nj.apply_selective_checkpointing(plain, "all")
+@pytest.mark.parametrize("policy", ["all", "alternate", "heavy_ops"])
+def test_hlo_equals_that_of_nnx_remat_by_hand(policy):
+    plain = NNXGPT(layers=2, rngs=nnx.Rngs(0))
+    by_hand, ours = nnx_gpt_by_hand(policy, plain), nj.apply_selective_checkpointing(plain, policy)
 
     def compiled(model):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)

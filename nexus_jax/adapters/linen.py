@@ -68,6 +68,11 @@ def _params(module: nn.Module) -> tuple:
     return tuple((jax.tree_util.keystr(path), tuple(x.shape), str(x.dtype)) for path, x in leaves)
 
 
+def is_single_op(module: nn.Module) -> bool:
+    """Whether a boundary around the (bound) module would free nothing: its only residuals are its inputs."""
+    return module.scope is not None and type_of(module) in _SINGLE_OPS
+
+
 # --- the transform -------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +107,21 @@ def _members(base: type) -> dict[str, Any]:
         for name, value in cls.__dict__.items():
             if name != "setup" and hasattr(value, "method_handler_wrapped"):
                 members[name] = _entering(name, getattr(base, name))
+    members[_compat.LINEN_CALL] = _reaching(getattr(base, _compat.LINEN_CALL))
     return members
+
+
+def _reaching(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Where Flax runs any method: also one of the plain class, as in ``apply(..., method=Model.encode)``."""
+
+    @nn.nowrap
+    def reach(self, fun, args, kwargs):
+        name = getattr(fun, "__name__", "")
+        if name == "setup":
+            return run(self, fun, args, kwargs)
+        return _entering(name, lambda self, *args, **kwargs: run(self, fun, args, kwargs))(self, *args, **kwargs)
+
+    return reach
 
 
 def _entering(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,7 +131,7 @@ def _entering(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         if self.scope is None or _is_open(self):
             return method(self, *args, **kwargs)
         with contextlib.ExitStack() as stack:
-            if given.offloader is not None:
+            if given.offloader is not None and not ambient.reaches(given.offloader):
                 stack.enter_context(given.offloader.in_force())
             if given.policy is not None:
                 stack.enter_context(_opened(self, name, args, kwargs, given.policy))
@@ -338,15 +357,16 @@ def _look_ahead(root: nn.Module, method: str, args: Any, kwargs: Any) -> _Open:
 # --- running things at a boundary ----------------------------------------------------------------------------------
 
 
-def call(run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """``module(*args, **kwargs)`` as a boundary, from inside a model's own forward."""
+def call(run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, method: Any = None) -> Any:
+    """``module(*args, **kwargs)``, or another method of it, as a boundary, from inside a model's own forward."""
+    method = method or (lambda module, *args, **kwargs: module(*args, **kwargs))
     if module.scope is None:
         raise ValueError(
             f"{type(module).__name__} is unbound: checkpoint_fn calls a submodule inside the forward of a bound model."
         )
     if module.is_initializing() or in_remat(module):
-        return module(*args, **kwargs)
-    return _compat.lift_linen(run, lambda mdl, *a, **k: mdl(*a, **k), module, args, kwargs)
+        return method(module, *args, **kwargs)
+    return _compat.lift_linen(run, method, module, args, kwargs)
 
 
 @contextlib.contextmanager

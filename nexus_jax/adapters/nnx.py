@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -72,7 +73,7 @@ def module_nodes(model: nnx.Module, policy: Policy) -> tuple[dict[Path, nnx.Modu
     """Every module below the root once, by its first path, in natural order."""
     found = {_printed(path): module for path, module in nnx.iter_modules(model) if path}
     found = {p: m for p, m in sorted(found.items(), key=lambda item: _natural(item[0]))}
-    modules = {p: m for p, m in found.items() if not isinstance(m, _CONTAINERS)}
+    modules = {p: m for p, m in found.items() if not isinstance(m, _CONTAINERS) and callable(m)}
     stacked = {p for p, m in modules.items() if _stacked(m)} if not _stacked_everywhere(model, modules) else set()
     nodes = []
     for path, module in modules.items():
@@ -151,9 +152,12 @@ def _enter(original: Callable[..., Any], self: nnx.Module, args: Any, kwargs: An
     """One call of a module with a transformed class."""
     given = settings_of(type(self))
     with contextlib.ExitStack() as stack:
+        if given.policy is not None and not _INSIDE.value:
+            stack.enter_context(_checked(self))
         if given.scope is not None:
             stack.enter_context(jax.named_scope(given.scope))
         if given.boundary is not None and not _INSIDE.value:
+            _ENTERED.add(_kind(self))
             stack.enter_context(_INSIDE(True))
             return _compat.lift_nnx(checkpointed(given.boundary), original, self, args, kwargs)
         if given.offloader is not None:
@@ -165,9 +169,42 @@ def _enter(original: Callable[..., Any], self: nnx.Module, args: Any, kwargs: An
         return _compat.lift_nnx(offloader.run, original, self, args, kwargs)
 
 
-def call(run: Callable[..., Any], module: nnx.Module, args: Any, kwargs: Any) -> Any:
-    """``module(*args, **kwargs)`` as a boundary, from inside a model's own forward."""
-    return _compat.lift_nnx(run, type(module).__call__, module, args, kwargs)
+# Kinds of boundary that ran, and kinds of model that were looked at.
+_ENTERED: set[Any] = set()
+_CHECKED: set[Any] = set()
+
+
+def _kind(module: nnx.Module) -> Any:
+    given = settings_of(type(module))
+    return type_of(module), given.policy, given.boundary
+
+
+@contextlib.contextmanager
+def _checked(model: nnx.Module) -> Iterator[None]:
+    """Say so where the first call of a model runs none of its boundaries: layers called by another method than call."""
+    yield
+    if _kind(model) in _CHECKED:
+        return
+    _CHECKED.add(_kind(model))
+    kinds = {_kind(m): path for path, m in nnx.iter_modules(model) if settings_of(type(m)).boundary}
+    if kinds and _ENTERED.isdisjoint(kinds):
+        (cls, *_), path = next(iter(kinds.items()))
+        warnings.warn(
+            f"nothing is checkpointed in this call of {type(model).__name__}: a boundary is the __call__ of a module, "
+            f"and {'/'.join(_printed(path))} ({cls.__name__}) was not called so. Call its __call__, or write "
+            'SelectiveCheckpoint(policy="all")(module.method, ...) where another method is called.',
+            stacklevel=2,
+        )
+
+
+def is_single_op(module: nnx.Module) -> bool:
+    """Whether a boundary around the module would free nothing: its only residuals are its inputs."""
+    return type_of(module) in _SINGLE_OPS
+
+
+def call(run: Callable[..., Any], module: nnx.Module, args: Any, kwargs: Any, method: Any = None) -> Any:
+    """``module(*args, **kwargs)``, or another method of it, as a boundary, from inside a model's own forward."""
+    return _compat.lift_nnx(run, method or type(module).__call__, module, args, kwargs)
 
 
 def call_function(run: Callable[..., Any], fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -56,7 +56,8 @@ class CheckpointRule:
         type: regular expression for the whole class name.
         path: regular expression for the whole printed path below the root, as ``"blocks_3/attn"``.
         min_params: at least this many parameters.
-        layers: a slice of each family of layers, as ``"::2"``; also requires being in a family.
+        layers: a slice of each family of layers, as ``"::2"``; also requires being in a family, and without ``type``
+            or ``path`` in one that is not inside a layer.
         depth: this many modules below the root (1: the root's children).
         family: ``False`` requires that the module is in no family of layers and contains none.
         fallback: the rule counts only where no rule without it selects anything.

@@ -130,15 +130,17 @@ class _Tree:
             rule.depth is None or self.depth(path) == rule.depth,
             rule.family is None or (self.in_layer(path) or path in self.around_family) == rule.family,
             rule.where is None or node.where,
-            rule.layers is None or self._in_slice(rule.layers, path),
+            rule.layers is None or self._in_slice(rule, path),
         )
         return all(checks)
 
-    def _in_slice(self, text: str, path: Path) -> bool:
+    def _in_slice(self, rule: CheckpointRule, path: Path) -> bool:
         if path not in self.place_in_family:
             return False
+        if rule.type is None and rule.path is None and self.in_layer(self.parent[path]):
+            return False  # self- and cross-attention inside a layer that is left alone are no layers
         index, count = self.place_in_family[path]
-        return self.nodes[path].scanned or index in range(count)[parse_slice(text)]
+        return self.nodes[path].scanned or index in range(count)[parse_slice(rule.layers or "::")]
 
 
 def select(policy: Policy, nodes: Iterable[ModuleNode]) -> Selection:

@@ -137,11 +137,12 @@ class SelectiveCheckpoint:
         return seen
 
     def __call__(self, module_or_function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``module_or_function(*args, **kwargs)``, under ``jax.checkpoint`` if the policy says so.
+        """``module_or_function(*args, **kwargs)``, under ``jax.checkpoint`` if the policy says so and it frees anything.
 
-        Arguments may be anything: flags, None, pytrees, dataclasses. A function has no class or size to ask about:
-        it is checkpointed unless the policy is NONE, or CUSTOM says no. Inside an ``offload_context``, what the
-        policy keeps is offloaded.
+        Arguments may be anything: flags, None, pytrees, dataclasses, nnx modules. A function, or a method of a module,
+        has no class or size to ask about: it is checkpointed unless the policy is NONE, or CUSTOM says no. An nnx
+        module that a function changes must be its argument, or the method's own. Inside an ``offload_context``, what
+        the policy keeps is offloaded.
 
         Raises:
             TypeError: neither a module nor a function.
@@ -156,7 +157,10 @@ class SelectiveCheckpoint:
                 return module_or_function(*args, **kwargs)
             if adapters.is_module(module_or_function):
                 return adapters.of(module_or_function).call(run, module_or_function, args, kwargs)
-            return run(lambda _, rest: module_or_function(*rest[0], **rest[1]), (), (args, kwargs))
+            owner = getattr(module_or_function, "__self__", None)
+            if adapters.is_module(owner):
+                return adapters.of(owner).call(run, owner, args, kwargs, method=module_or_function.__func__)
+            return adapters.nnx.call_function(run, module_or_function, args, kwargs)
 
     checkpoint_fn = __call__
 
@@ -165,9 +169,13 @@ class SelectiveCheckpoint:
         if adapters.is_module(module_or_function):
             if adapters.linen.is_initializing(module_or_function):
                 return None
+            if adapters.of(module_or_function).is_single_op(module_or_function):
+                return None
             return checkpointed(self.policy) if self.should_checkpoint(module_or_function) else None
         if not callable(module_or_function):
             raise TypeError(f"checkpoint_fn takes a module or a function, got {type(module_or_function).__name__}.")
+        if adapters.linen.is_initializing(getattr(module_or_function, "__self__", None)):
+            return None
         name = getattr(module_or_function, "__name__", "")
         match self.config.policy:
             case CheckpointPolicy.NONE:
