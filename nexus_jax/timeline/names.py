@@ -12,6 +12,7 @@ from nexus_jax.scopes import Phase, module_path, phase
 # (Calls without a name are the TPU compiler's own, such as ConcatBitcast.)
 _MOVES = {"bitcast", "convert", "copy", "get-tuple-element", "reshape", "slice", "transpose"}
 _STACKS = {"dynamic_slice", "dynamic_update_slice"}
+_CALLS_OF_JAX = {"body", "checkpoint", "closed_call", "while"}  # say nothing of what runs inside
 _FAR = 8  # how many hand-overs a name is carried
 
 
@@ -151,9 +152,10 @@ class Names:
 
     def _named(self, source: Instruction, far: int) -> str:
         scope = self._scope(source, "")
-        if _split(scope)[0] and not _stacks(scope):
+        path, op = _split(scope)
+        if path and op not in _CALLS_OF_JAX and not _stacks(scope):
             return scope
-        return self._before(source, far) if far else ""
+        return (self._before(source, far) if far else "") or (scope if path and not _stacks(scope) else "")
 
     def _after(self, made: Instruction, far: int) -> str:
         """The name of the first module that reads it: for arguments, and for buffers that are filled later."""
