@@ -20,6 +20,7 @@ from nexus_jax.planner.spans import Span, Spans
 
 _TOGETHER = 6  # stretches between neighbouring cuts that are solved as one
 _EQUATIONS = 140  # of what is solved as one, unless it is a single stretch
+_MANY = 64  # cuts; with more, long stretches start at every other, fourth, eighth ...
 _LABELS = 4096  # at a cut; fewer where there are many cuts
 
 
@@ -102,7 +103,7 @@ def model_of(
         if ways:
             found[i, j] = span
             edges.append(Edge(i, j, ways))
-    limit = max(256, min(_LABELS, 2**18 // len(places)))
+    limit = max(256, min(_LABELS, 2**19 // len(places)))
     frontier = Frontier(len(places), edges, limit=limit)
     return Model(flat, frontier, found, spans, options, tuple(places))
 
@@ -117,7 +118,7 @@ def _pairs(places: Sequence[int]) -> list[tuple[int, int]]:
             for k in range(1, _TOGETHER + 1)
             if k == 1 or (i + k <= last and places[i + k] - places[i] <= _EQUATIONS)
         }
-        far = {i + 2**k for k in range(1, 6)}
+        far = {i + 2**k for k in range(1, 6) if last <= _MANY or i % 2**k == 0}
         found += [(i, j) for j in sorted(near | far) if j <= last]
     return found
 

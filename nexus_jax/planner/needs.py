@@ -98,7 +98,7 @@ def _named(flat: Flat) -> Any:
 def nameable(aval: Any) -> bool:
     """Whether a value can bear a name: arrays can, random keys cannot."""
     dtype = getattr(aval, "dtype", None)
-    return dtype is not None and not jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+    return dtype is not None and not jax.numpy.issubdtype(dtype, jax.dtypes.extended)
 
 
 def name_equation(source: Any, target: Any, name: str, like: Any) -> Any:

@@ -49,8 +49,7 @@ class Options:
             points = ()
         found = [self.plain(shape)]
         found += [of_choice(shape, p.choice, floor=p.floor) for p in points]
-        if makeable(shape.graph) and not (points and points[-1].price.device == 0):
-            found.append(of_choice(shape, Choice(), floor=0))
+        found += [of_choice(shape, choice) for choice in fixed(shape).values()]  # they may need less while they run
         return tuple(found) if points else (dataclasses.replace(found[0], floor=0), *found[1:])
 
     def plain(self, shape: Shape) -> Option:
@@ -76,6 +75,19 @@ def of_choice(shape: Shape, choice: Choice, floor: int | None = None) -> Option:
     kept = shape.crossing + paid.device
     least = kept if floor is None else shape.crossing + floor
     return Option(kept=kept, working=working, ticks=paid.ticks, floor=least, what=Way(choice))
+
+
+def fixed(shape: Shape) -> dict[str, Choice]:
+    """What the fixed policies of ``jax.checkpoint_policies`` keep of a stretch, by their names."""
+    if not makeable(shape.graph):
+        return {}
+    dots = {v for v, _ in shape.matmuls}
+    plain = {v for v, batched in shape.matmuls if not batched}
+    return {
+        "nothing_saveable": Choice(),
+        "dots_saveable": Choice(saved=frozenset(dots)),
+        "dots_with_no_batch_dims_saveable": Choice(saved=frozenset(plain)),
+    }
 
 
 def makeable(graph: Graph) -> bool:

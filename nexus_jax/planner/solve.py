@@ -14,6 +14,7 @@ Whether an equation is made again follows from what is kept, so only the latter 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -100,7 +101,7 @@ def frontier(
         _insert(found, limit, choice, None if choice is None else price(graph, choice))
         limit = _widest(found)
     points = []
-    for known, below in zip(found, found[1:], strict=False):
+    for known, below in itertools.pairwise(found):
         if known.choice is not None and below.price.ticks > known.price.ticks:
             points.append(Point(choice=known.choice, price=known.price, floor=below.limit + 1))
     return tuple(points)
@@ -133,7 +134,7 @@ def _insert(found: list[_Known], limit: int, choice: Choice | None, paid: Price 
 def _widest(found: list[_Known]) -> int | None:
     """The limit to ask about next: in the middle of where most bytes times ticks are uncertain; None if nowhere is."""
     best, at = 0, None
-    for above, below in zip(found, found[1:], strict=False):
+    for above, below in itertools.pairwise(found):
         width, height = above.price.device - 1 - below.limit, below.price.ticks - above.price.ticks
         if width > 0 and width * height > best:
             best, at = width * height, below.limit + (width + 1) // 2
@@ -143,7 +144,12 @@ def _widest(found: list[_Known]) -> int | None:
 def trimmed(graph: Graph, choice: Choice) -> Choice:
     """The choice without what it keeps in vain: values whose absence costs nothing, largest first."""
     best = price(graph, choice)
+    again = graph.again(choice.kept)
+    read = graph.needed.union(*(graph.ops[i].ins for i in again))
     for value in sorted(choice.kept, key=lambda v: (-graph.sizes[v], v)):
+        op = graph.maker.get(value)
+        if value in read and op not in again and (op is None or graph.ops[op].cost > graph.moved(value)):
+            continue  # to make it would cost more
         fewer = Choice(saved=choice.saved - {value}, offloaded=choice.offloaded - {value})
         try:
             paid = price(graph, fewer)
@@ -231,7 +237,7 @@ class Model:
             return Choice()
         n = len(self.values)
         lower = np.concatenate([np.ones(self.ones), np.zeros(self.rows - self.ones)])
-        constraints = [optimize.LinearConstraint(self.matrix, lower, np.inf)]
+        constraints = [optimize.LinearConstraint(self.matrix, lower, np.inf)]  # type: ignore[arg-type]
         for offset, limit in ((0, device), (self.offload, host))[: 2 if self.offload else 1]:
             row = np.zeros(self.count)
             row[offset : offset + n] = [size // self.unit for size in self.sizes]

@@ -26,6 +26,7 @@ class Shape:
         crossing: bytes of what later stretches take from this one.
         transient: bytes of gradients that are alive at once inside.
         effects: whether something in it must happen exactly once.
+        matmuls: the results of its matmuls that can be kept, and whether each has batch dimensions.
     """
 
     graph: Graph
@@ -34,6 +35,7 @@ class Shape:
     crossing: int
     transient: int
     effects: bool
+    matmuls: tuple[tuple[int, bool], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,6 +92,13 @@ class Spans:
             crossing=sum(self.sizes[v] for v in out),
             transient=self._transient(start, stop) + sum(self.sizes[v] for v in out),
             effects=any(s.eqn.effects for s in steps),
+            matmuls=tuple(
+                (local[v], bool(s.eqn.params["dimension_numbers"][1][0]))
+                for s in steps
+                if s.eqn.primitive.name == "dot_general"
+                for v in s.outs
+                if local[v] in graph.keepable
+            ),
         )
         return Span(start, stop, shape, values)
 
