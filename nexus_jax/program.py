@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 from jax import export
 from jax.sharding import NamedSharding
@@ -107,7 +108,7 @@ class Program:
 
 def _any(x: jax.ShapeDtypeStruct) -> jax.Array:
     """An array of this type, to stand for an argument that is not used."""
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
         keys = (jax.random.key(0, impl=name) for name in ("threefry2x32", "rbg", "unsafe_rbg"))
         return jax.numpy.broadcast_to(next(key for key in keys if key.dtype == x.dtype), x.shape)
     return jax.numpy.zeros(x.shape, x.dtype)
@@ -138,7 +139,7 @@ def _export(fun: Callable[..., Any], arrays: tuple[Any, ...], platform: str) -> 
 
 def _digest_of(constant: Any) -> str:
     if isinstance(constant, jax.Array) and not isinstance(constant, jax.core.Tracer):
-        if jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key):
+        if jax.numpy.issubdtype(constant.dtype, jax.dtypes.prng_key):
             constant = jax.random.key_data(constant)
         constant = np.asarray(constant)
     if not isinstance(constant, np.ndarray):
@@ -221,7 +222,8 @@ def _value_and_aux(fn: Callable[..., Any], out: Any, has_aux: bool) -> tuple[Any
     name = getattr(fn, "__name__", type(fn).__name__)
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"has_aux=True: {name} must return (loss, aux), and returned {type(out).__name__}.")
-    value, aux = out if has_aux else (out, None)
+    value: Any = out[0] if has_aux else out
+    aux = out[1] if has_aux else None
     if not hasattr(value, "shape") and not isinstance(value, float):
         hint = " Write has_aux=True if it returns (loss, aux)." if isinstance(value, tuple) else ""
         raise TypeError(f"{name} must return a scalar loss, and returned {type(value).__name__}.{hint}")

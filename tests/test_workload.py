@@ -44,7 +44,11 @@ def test_a_workload_is_called_with_its_settings(file):
     [
         (GOOD, "stepp", r"work.py has no 'stepp'; its functions are step"),
         ("def step(:\n", "step", r"work.py: line 1: SyntaxError"),
-        ("import jax\n\nimport nothing_of_this_name\n", "step", r"work.py: line 3: ModuleNotFoundError: No module named"),
+        (
+            "import jax\n\nimport nothing_of_this_name\n",
+            "step",
+            r"work.py: line 3: ModuleNotFoundError: No module named",
+        ),
         ("step = 3\n", "step", r"a workload is a function .* not int"),
         ("def step():\n    return 3\n", "step", r"work.py:step must return \(loss, arguments\).*returned int"),
         ("def step():\n    return (lambda x: x), 3\n", "step", "with a tuple of arguments, not int"),
@@ -57,7 +61,7 @@ def test_what_is_wrong_is_said_with_file_and_line(file, text, name, message):
 
 
 def test_what_is_no_workload_at_all(tmp_path):
-    with pytest.raises(WorkloadError, match="'step' is no workload: write file.py:function"):
+    with pytest.raises(WorkloadError, match=r"'step' is no workload: write file\.py:function"):
         load("step")
     with pytest.raises(WorkloadError, match=r"gone.py: no such file"):
         load(f"{tmp_path}/gone.py:step")

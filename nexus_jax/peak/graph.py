@@ -88,7 +88,7 @@ def flatten(jaxpr: Any) -> Graph:
 def _value(var: Any) -> Value:
     aval = var.aval
     dtype, shape = aval.dtype, tuple(aval.shape)
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(dtype, jax.dtypes.prng_key):
         data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
         dtype, shape = data.dtype, data.shape
     return Value(shape, dtype, host=getattr(aval, "memory_space", None) == jax.memory.Space.Host)
