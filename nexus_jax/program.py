@@ -227,8 +227,9 @@ def _value_and_aux(fn: Callable[..., Any], out: Any, has_aux: bool) -> tuple[Any
     if not hasattr(value, "shape") and not isinstance(value, float):
         hint = " Write has_aux=True if it returns (loss, aux)." if isinstance(value, tuple) else ""
         raise TypeError(f"{name} must return a scalar loss, and returned {type(value).__name__}.{hint}")
-    if getattr(value, "shape", ()) != () or not is_floating(jax.numpy.asarray(value)):
-        kind = f"{value.dtype}{list(value.shape)}"
+    array = jax.numpy.asarray(value)
+    if array.shape != () or not is_floating(array):
+        kind = f"{array.dtype}{list(array.shape)}"
         raise TypeError(f"{name} must return a scalar loss of floating point, and returned {kind}.")
     return value, aux
 
