@@ -80,15 +80,15 @@ def _prominent(narrow: Sequence[int], width: Sequence[int]) -> list[int]:
 
 
 def _narrow(width: Sequence[int], heavy: Sequence[bool]) -> list[int]:
-    """Local minima of the width; of a flat stretch, the places right before something heavy, and its end."""
+    """The ends of local minima of the width, and in every flat stretch the places right before something heavy."""
     found, start = [], 0
     for p in range(1, len(width) + 1):
         if p < len(width) and width[p] == width[start]:
             continue
         falls = start == 0 or width[start - 1] > width[start]
         rises = p == len(width) or width[p] > width[start]
+        found += [q for q in range(start + 1, p - 1) if heavy[q]]
         if falls and rises:
-            found += [q for q in range(start + 1, p - 1) if heavy[q]]
             found.append(p - 1)
         start = p
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,7 +118,9 @@ def _template() -> Any:
 
 
 def _read(forward: Flat, flat: Flat) -> Needs:
-    reader = _Reader(flat)
+    uses = Counter(v for eqn in forward.eqns for v in eqn.invars if not isinstance(v, jex.Literal))
+    uses.update(v for v in forward.jaxpr.outvars if not isinstance(v, jex.Literal))
+    reader = _Reader(flat, uses)
     extra = len(forward.consts)  # constants that differentiation brought with it
     for v in forward.jaxpr.invars[:extra]:
         reader.fresh(v)
@@ -131,7 +134,8 @@ def _read(forward: Flat, flat: Flat) -> Needs:
 class _Reader:
     """Values of a differentiated program, told by their names; the rest numbered on."""
 
-    def __init__(self, flat: Flat):
+    def __init__(self, flat: Flat, uses: Counter[Any]):
+        self.uses = uses
         self.values: dict[Any, int] = {}
         self.avals = [v.aval for v in flat.variables]
         self.homes = {flat.number[v]: i for i, eqn in enumerate(flat.eqns) for v in eqn.outvars}
@@ -153,9 +157,12 @@ class _Reader:
         value = int(name.removeprefix(_PREFIX))
         source = eqn.invars[0]
         self.values[eqn.outvars[0]] = value
-        if not isinstance(source, jex.Literal) and source not in self.values:
-            self.values[source] = value
         self.named.add(value)
+        if isinstance(source, jex.Literal) or source in self.values or self.uses[source] > 1:
+            # exp's derivative is its result, as it was before it had a name: keeping the named one does not spare that
+            self.steps.append((eqn, eqn.invars, eqn.outvars))
+        else:
+            self.values[source] = value
         self.home += [self.homes[value]] * (len(self.steps) - len(self.home))
 
     def result(self, outvars: list[Any], count: int) -> Needs:
@@ -163,7 +170,8 @@ class _Reader:
         found = []
         for (eqn, ins, made), home in zip(self.steps, self.home, strict=True):
             numbered = tuple(self.values[v] if v in self.values else self.fresh(v) for v in made)
-            found.append((eqn, tuple(self.values[v] for v in ins), numbered, home))
+            read = tuple(self.values[v] for v in ins if not isinstance(v, jex.Literal))
+            found.append((eqn, read, numbered, home))
         outs = [None if isinstance(v, jex.Literal) else self.values[v] for v in outvars]
         residuals = frozenset(v for v in outs[count:] if v is not None)
         wanted, forward = {v for v in outs[:count] if v is not None}, []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
+import jax
 from jax.extend import core as jex
 
 from nexus_jax import costs, flops
@@ -47,12 +49,18 @@ class Prices:
             return rules.padded(tuple(shape), dtype)
         return size
 
+    @functools.cached_property
+    def like(self) -> Any:
+        """A jaxpr to make others of: only JAX makes one from nothing without a warning."""
+        return jax.make_jaxpr(lambda x: x)(0.0).jaxpr
+
     def flops_of(self, eqn: Any) -> int:
         """FLOPs of an equation, loops inside multiplied out."""
         found = costs.flops_of(eqn)
         if found is not None and eqn.primitive.name not in _LOOPS:
             return found
-        return flops.count_jaxpr(_alone(eqn)).flops
+        inputs = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal)))
+        return flops.count_jaxpr(self.like.replace(invars=inputs, outvars=eqn.outvars, eqns=[eqn])).flops
 
     def picoseconds_of(self, eqn: Any) -> int:
         """Time of an equation at best: its FLOPs, or its way through memory if it is a kernel of its own."""
@@ -74,11 +82,6 @@ class Prices:
         return self.flops_of(eqn) if self.objective == "flops" else self.picoseconds_of(eqn)
 
 
-def _alone(eqn: Any) -> Any:
-    ins = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal)))
-    return jex.Jaxpr([], ins, list(eqn.outvars), [eqn], eqn.effects)
-
-
 def is_view(eqn: Any) -> bool:
     """Whether an equation is another name for the same bytes."""
     return costs.kind_of(eqn) == "view"
@@ -87,4 +90,4 @@ def is_view(eqn: Any) -> bool:
 def is_fused(eqn: Any, keeps_expensive: bool = False) -> bool:
     """Whether a compiler makes what an equation makes where it is used, instead of writing it to memory."""
     name = eqn.primitive.name
-    return name in rules.FUSIBLE and not (keeps_expensive and name in rules.EXPENSIVE)
+    return is_view(eqn) or (name in rules.FUSIBLE and not (keeps_expensive and name in rules.EXPENSIVE))
