@@ -258,7 +258,7 @@ def test_attention_is_made_again_before_the_projections():
     found = model(fn, *args)
     shape = found.span(0, 1).shape
     batched = dict(shape.matmuls)
-    assert sorted(batched.values()) == [False] * 3 + [True] * 2  # q, k, v; scores, context; what crosses is free
+    assert sorted(batched.values()) == [False] * 4 + [True] * 2  # q, k, v, out; scores, context
     first = set()
     for point in frontier(shape.graph, solves=40):
         again = shape.graph.again(point.choice.kept)

@@ -62,8 +62,8 @@ def plan(
         ...         x = jnp.sin(x @ w)
         ...     return jnp.mean(x)
         >>> x, w = jax.ShapeDtypeStruct((4096, 64), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
-        >>> found = plan(loss, [w] * 8, x, memory_budget="8MiB")
-        >>> found.device_bytes <= 8 * 2**20 < found.unplanned_bytes, found.extra_flops > 0
+        >>> found = plan(loss, [w] * 8, x, memory_budget="12MiB")
+        >>> found.device_bytes <= 12 * 2**20 < found.unplanned_bytes, found.extra_flops > 0
         (True, True)
     """
     where = find_target(target)

@@ -1,0 +1,212 @@
+"""`nexus_jax.plan` on the local compiler: it fits, it says what it did, and bad input is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from checks import assert_close, unfused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nexus_jax as nj
+from nexus_jax.planner import loop
+from nexus_jax.planner.budget import budget_of
+from nexus_jax.planner.make import plan
+from nexus_jax.planner.plan import Infeasible, Plan
+from nexus_jax.targets.compiler import find_target
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("NEXUS_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "planner"))
+
+
+def loss(ws, x):
+    for w in ws:
+        x = jnp.sin(x @ w)
+    return jnp.mean(x)
+
+
+SHAPES = [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 8, jax.ShapeDtypeStruct((4096, 64), jnp.float32)
+MIB = 2**20
+
+
+def test_a_plan_fits_its_budget_and_keeps_the_gradients():
+    found = plan(loss, *SHAPES, memory_budget=12 * MIB)
+    assert found.device_bytes <= 12 * MIB < found.unplanned_bytes
+    measured = nj.measure(found.apply(loss), *SHAPES)
+    assert measured.device_bytes == found.device_bytes
+    assert measured.flops - nj.measure(loss, *SHAPES).flops == found.extra_flops > 0
+    ws = [jax.random.normal(jax.random.key(i), (64, 64)) / 8 for i in range(8)]
+    x = jax.random.normal(jax.random.key(9), (4096, 64))
+    plain = unfused(jax.value_and_grad(loss), ws, x)
+    assert_close(plain, unfused(jax.value_and_grad(found.apply(loss)), ws, x), 1e-5)
+
+
+def test_a_budget_that_suffices_changes_nothing():
+    before = nj.measure(loss, *SHAPES)
+    found = plan(loss, *SHAPES, memory_budget=before.device_bytes)
+    assert found.does_nothing
+    assert found.extra_flops == 0
+    assert found.device_bytes == before.device_bytes
+    assert "nothing to do" in str(found)
+    text = lambda f: str(jax.make_jaxpr(jax.grad(f))(*SHAPES))
+    assert text(found.apply(loss)) == text(loss)
+
+
+def test_the_smallest_budget_that_an_error_names_works():
+    with pytest.raises(Infeasible, match=r"too small on local.*at least; write memory_budget=\d+ or more") as error:
+        plan(loss, *SHAPES, memory_budget=2 * MIB)
+    found = plan(loss, *SHAPES, memory_budget=error.value.smallest)
+    assert found.device_bytes <= error.value.smallest
+
+
+def test_more_budget_is_never_slower_and_equal_questions_have_equal_answers():
+    budgets = [int(m * MIB) for m in (9.5, 11, 12, 14)]
+    found = [plan(loss, *SHAPES, memory_budget=b) for b in budgets]
+    assert [p.extra_flops for p in found] == sorted((p.extra_flops for p in found), reverse=True)
+    assert all(p.device_bytes <= b for p, b in zip(found, budgets, strict=True))
+    assert all(len(p.trials) <= loop.COMPILES - 1 for p in found)
+    assert plan(loss, *SHAPES, memory_budget=budgets[0]) == found[0]
+
+
+def test_the_table_says_what_becomes_of_each_value_and_why():
+    text = str(plan(loss, *SHAPES, memory_budget=12 * MIB))
+    for part in (
+        "plan for 12.00 MiB on local",
+        "compiled",
+        "without a plan",
+        "more FLOPs",
+        "gap",
+        "recompute",
+        "would take",
+    ):
+        assert part in " ".join(text.split())
+
+
+def test_a_plan_survives_its_file(tmp_path):
+    found = plan(loss, *SHAPES, memory_budget=12 * MIB)
+    found.save(tmp_path / "plan.toml")
+    again = Plan.load(tmp_path / "plan.toml")
+    assert again == found
+    assert str(again) == str(found)
+    assert hash(again.segments) == hash(found.segments)
+    sizes = [nj.residuals(p.apply(loss), *SHAPES).nbytes for p in (found, again)]
+    assert sizes[0] == sizes[1] < nj.residuals(loss, *SHAPES).nbytes
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("nexus_jax_plan = 1", "nexus_jax_plan = 9", "no plan of this version"),
+        ("nexus_jax_plan = 1", "nexus_jax_plan = [", "not valid TOML"),
+        ("start = 0", "start = 1", "segment 1 should start at equation 0"),
+        ("start = 0", "begin = 0", "unknown key begin"),
+        ("boundary = true", 'boundary = "yes"', "write a value of type bool"),
+        ("budget = 12582912", "budget = -8", "budget = -8: write 0 or more"),
+        ("budget = 12582912", 'budget = "8"', "write a value of type int"),
+        ("budget = 12582912", "bugdet = 12582912", "unknown key bugdet"),
+        ('target = "local"\n', "", "target is missing"),
+        ("[subject]", "[topic]", "subject = None: write a table"),
+    ],
+)
+def test_a_file_edited_into_nonsense_is_refused(tmp_path, old, new, message):
+    found = plan(loss, *SHAPES, memory_budget=12 * MIB)
+    path = tmp_path / "plan.toml"
+    found.save(path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=message) as error:
+        Plan.load(path)
+    assert "plan.toml" in str(error.value)
+
+
+def test_a_file_that_names_values_that_are_not_there_is_refused_where_it_is_applied(tmp_path):
+    found = plan(loss, *SHAPES, memory_budget=12 * MIB)
+    first = next(n for n, s in enumerate(found.segments) if s.boundary)
+    segments = list(found.segments)
+    segments[first] = dataclasses.replace(segments[first], save=(999,))
+    dataclasses.replace(found, segments=tuple(segments)).save(tmp_path / "plan.toml")
+    with pytest.raises(ValueError, match="keeps value 999, which is not there"):
+        jax.eval_shape(Plan.load(tmp_path / "plan.toml").apply(loss), *SHAPES)
+
+
+def test_a_time_limit_gives_the_best_so_far_with_its_gap():
+    found = plan(loss, *SHAPES, memory_budget=12 * MIB, time_limit=1e-9)
+    assert found.device_bytes <= 12 * MIB
+    assert found.gap > 0
+    assert plan(loss, *SHAPES, memory_budget=12 * MIB).gap < found.gap
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (0, ValueError, "write more than 0 bytes"),
+        (-5, ValueError, "write more than 0 bytes"),
+        ("-5GB", ValueError, "is no size"),
+        ("lots", ValueError, "is no size"),
+        ("5 parsecs", ValueError, "is no size"),
+        ("0%", ValueError, "more than 0 %"),
+        ("101%", ValueError, 'at most "100%"'),
+        ("17GiB", ValueError, 'a program may take 15.75 GiB on v5e: write "100%" or less'),
+        (1.5, TypeError, "write bytes as a whole number"),
+        (True, TypeError, "write bytes as a whole number"),
+        (None, TypeError, "write bytes as a whole number"),
+    ],
+)
+def test_budgets_that_are_none(given, error, message):
+    with pytest.raises(error, match=message):
+        budget_of(given, find_target("v5e"), int(15.75 * 2**30))
+
+
+def test_budgets_that_are_some():
+    of = lambda given: budget_of(given, find_target("v5e"), 2**34)
+    assert [of("1GB"), of("1GiB"), of("50%"), of("1.5 kib"), of(77), of("77")] == [10**9, 2**30, 2**33, 1536, 77, 77]
+    with pytest.raises(ValueError, match="the memory of local is not known"):
+        budget_of("90%", find_target(None), None)
+
+
+def test_other_bad_input():
+    with pytest.raises(TypeError, match="must return a scalar loss"):
+        plan(lambda ws, x: x @ ws[0], *SHAPES, memory_budget=MIB)
+    with pytest.raises(ValueError, match='objective=\'speed\': write "seconds" or "flops"'):
+        plan(loss, *SHAPES, memory_budget=MIB, objective="speed")
+    with pytest.raises(ValueError, match="time_limit=-1: write seconds"):
+        plan(loss, *SHAPES, memory_budget=MIB, time_limit=-1)
+
+
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(1, 1000), min_size=1, max_size=60, unique=True).map(sorted),
+    st.integers(-100, 100),
+    st.floats(0.8, 1.2),
+    st.integers(1, 1200),
+)
+def test_the_search_finds_a_plan_where_one_fits(predicted, off, slope, budget):
+    true = [int(slope * p) + off for p in predicted]
+    asked = []
+
+    def compiled(at):
+        asked.append(at)
+        return true[at]
+
+    found = loop.search(len(true), budget, lambda at: predicted[at], compiled)
+    assert len(asked) == len(set(asked)) <= loop.COMPILES - 1
+    if true[0] > budget:
+        assert found.best is None
+        assert 0 in asked  # so that the smallest budget can be named
+    else:
+        assert found.best is not None
+        assert found.best.compiled <= budget
+        assert found.best.at == max(at for at in asked if true[at] <= budget)
+
+
+def test_the_search_is_exact_where_predictions_are_off_by_a_constant():
+    for budget in range(20, 320, 7):
+        found = loop.search(100, budget, lambda at: 3 * at, lambda at: 3 * at + 20)
+        assert found.best.at == min((budget - 20) // 3, 99) or found.best.compiled >= loop.NEAR * budget
