@@ -18,7 +18,19 @@ from nexus_jax.flops import count_matmuls
 from nexus_jax.policy.select import ModuleNode, check_selection, select
 
 TOKENS = jnp.arange(32).reshape(2, 16) % 64
-NAMES = ("all", "alternate", "auto", "heavy_ops", "heavy_ops_offload", "none", "offload")
+NAMES = (
+    "all",
+    "alternate",
+    "attention",
+    "auto",
+    "dots_with_no_batch_dims_saveable",
+    "heavy_ops",
+    "heavy_ops_offload",
+    "matmuls",
+    "none",
+    "offload",
+    "offload_dot_with_no_batch_dims",
+)
 
 words = st.text("abcXYZ_.*", min_size=1, max_size=8).filter(lambda s: not s.startswith("*") and "**" not in s)
 names = st.one_of(words, st.lists(words, min_size=1, max_size=3).map(tuple))
@@ -99,7 +111,7 @@ def test_a_broken_file_names_file_line_and_key(tmp_path, text, match):
 
 def test_unknown_names_and_missing_files(tmp_path):
     with pytest.raises(
-        ValueError, match="no policy is called 'heavy'; the choices are all, alternate, auto, heavy_ops"
+        ValueError, match="no policy is called 'heavy'; the choices are all, alternate, attention, auto, .*heavy_ops"
     ):
         nj.load_policy("heavy")
     with pytest.raises(FileNotFoundError, match=r"none\.toml"):
