@@ -14,7 +14,7 @@ from nexus_jax.planner.baselines import baselines
 from nexus_jax.planner.loss import Loss
 from nexus_jax.planner.model import model_of
 from nexus_jax.planner.prices import Prices
-from nexus_jax.planner.solve import frontier
+from nexus_jax.planner.solve import frontier, optimum
 from nexus_jax.targets.compiler import find_target
 
 F32 = jnp.float32
@@ -259,14 +259,12 @@ def test_attention_is_made_again_before_the_projections():
     shape = found.span(0, 1).shape
     batched = dict(shape.matmuls)
     assert sorted(batched.values()) == [False] * 4 + [True] * 2  # q, k, v, out; scores, context
-    first = set()
-    for point in frontier(shape.graph, solves=40):
-        again = shape.graph.again(point.choice.kept)
-        first = {v for v in batched if shape.graph.maker[v] in again}
-        if first:
-            break
-    assert first
-    assert all(batched[v] for v in first)
+    remade = lambda choice: {v for v in batched if shape.graph.maker[v] in shape.graph.again(choice.kept)}
+    none = [p for p in frontier(shape.graph, solves=40) if not remade(p.choice)]
+    scores = 4 * 128 * 128 * 4
+    less = optimum(shape.graph, none[-1].price.device - scores)
+    assert remade(less)
+    assert all(batched[v] for v in remade(less))
 
 
 # --- other programs --------------------------------------------------------------------------------------------------
