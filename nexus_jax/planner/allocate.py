@@ -93,7 +93,7 @@ class Frontier:
         >>> found = Frontier(4, [Edge(i, i + 1, layer) for i in range(3)])
         >>> [(p, t) for p, t in zip(found.peaks, found.ticks)]  # the last layer need never run again
         [(8, 10), (16, 5), (24, 0)]
-        >>> [option.kept for _, option in found.within(16).steps]
+        >>> sorted(option.kept for _, option in found.within(16).steps)
         [0, 8, 8]
     """
 

@@ -5,4 +5,5 @@ import sys
 
 from nexus_jax.targets.worker import main
 
-main(pathlib.Path(sys.argv[1]))
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
