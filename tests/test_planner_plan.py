@@ -108,7 +108,7 @@ def test_a_plan_survives_its_file(tmp_path):
         ("budget = 12582912", 'budget = "8"', "write a value of type int"),
         ("budget = 12582912", "bugdet = 12582912", "unknown key bugdet"),
         ('target = "local"\n', "", "target is missing"),
-        ("[subject]", "[topic]", "subject = None: write a table"),
+        ("[subject]", "[topic]", "inputs = None: write a list"),
     ],
 )
 def test_a_file_edited_into_nonsense_is_refused(tmp_path, old, new, message):
