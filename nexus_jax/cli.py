@@ -42,7 +42,9 @@ def _without_devices(args: argparse.Namespace) -> None:
     """Keep JAX from looking for devices where only others' are asked about: it prints what it does not find."""
     import jax
 
-    if all(t != "local" for t in getattr(args, "target", None) or ["local"]) and not getattr(jax.config, "jax_platforms", None):
+    if all(t != "local" for t in getattr(args, "target", None) or ["local"]) and not getattr(
+        jax.config, "jax_platforms", None
+    ):
         jax.config.update("jax_platforms", "cpu")
 
 

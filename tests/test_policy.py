@@ -111,7 +111,7 @@ def test_a_broken_file_names_file_line_and_key(tmp_path, text, match):
 
 def test_unknown_names_and_missing_files(tmp_path):
     with pytest.raises(
-        ValueError, match="no policy is called 'heavy'; the choices are all, alternate, attention, auto, .*heavy_ops"
+        ValueError, match=r"no policy is called 'heavy'; the choices are all, alternate, attention, auto, .*heavy_ops"
     ):
         nj.load_policy("heavy")
     with pytest.raises(FileNotFoundError, match=r"none\.toml"):
