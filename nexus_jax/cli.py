@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "timeline": ("device bytes over the step, as a picture and a page", _timeline),
         "fit": ("the largest batch that fits", _fit),
         "engaged": ("whether the compiled step does what its policy wants", _engaged),
-        "plan": ("the fastest plan within a budget of device memory", _plan),
+        "plan": ("a save/recompute plan whose compiled step fits a budget", _plan),
         "doctor": ("flags, environment and step: what would keep a policy from doing what it says", _doctor),
     }
     made = {}
