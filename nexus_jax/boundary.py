@@ -61,7 +61,7 @@ def _open(leaf: Any) -> Any:
 def _close(node: Any) -> Any:
     if not isinstance(node, _Opened):
         return node
-    result = node.like.cls.__new__(node.like.cls)
+    result = object.__new__(node.like.cls)
     fields = {k: jax.tree.map(_close, v, is_leaf=lambda x: isinstance(x, _Opened)) for k, v in node.values.items()}
     for name, value in {**node.like.others, **fields}.items():
         object.__setattr__(result, name, value)
