@@ -17,7 +17,8 @@ from nexus_jax.planner.plan import Infeasible, Plan
 from nexus_jax.targets.compiler import find_target
 
 pytestmark = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="XLA's CPU compiler of jax 0.10 frees nothing under remat: no plan fits there"
+    jax.__version_info__ < (0, 11),
+    reason="XLA's CPU compiler of jax 0.10 frees nothing under remat: no plan fits there",
 )
 
 
