@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import nexus_jax as nj
 from nexus_jax.flops import count_matmuls
@@ -85,6 +86,31 @@ def check_linen(model, *args, policy="all", rngs=None, mutable=False, rtol=1e-6,
         lambda p: loss_of(model)(p)[0], lambda p: loss_of(transformed)(p)[0], variables["params"], recomputes=recomputes
     )
     return transformed
+
+
+def check_nnx(plain, *args, policy="all", rtol=1e-6):
+    """The whole contract for one nnx model; returns the transformed model."""
+    ours = nj.apply_selective_checkpointing(plain, policy)
+    pure = lambda m, kind=nnx.Param: nnx.to_pure_dict(nnx.state(m, kind))
+    chex.assert_trees_all_equal(pure(plain), pure(ours))
+    loss = lambda m, *args: total(m(*args))
+    step = nnx.jit(nnx.value_and_grad(loss), compiler_options=UNFUSED)
+    before, after = nnx.clone(plain), nnx.clone(ours)
+    (value, grads), (our_value, our_grads) = step(before, *args), step(after, *args)  # the same function, warm
+    assert_close(value, our_value, rtol)
+    assert_close(nnx.to_pure_dict(grads), nnx.to_pure_dict(our_grads), rtol)
+    for kind in (nnx.BatchStat, nnx.RngCount, nnx.Intermediate):
+        chex.assert_trees_all_close(pure(before, kind), pure(after, kind), rtol=1e-6)
+    assert nj.residuals(loss, ours, *args).nbytes < nj.residuals(loss, plain, *args).nbytes
+    assert nnx_matmuls(loss, ours, *args) > nnx_matmuls(loss, plain, *args)
+    return ours
+
+
+def nnx_matmuls(loss, model, *args):
+    """How many matmuls the gradient of a loss of an nnx model runs."""
+    graphdef, state = nnx.split(model)
+    gradient = jax.grad(lambda state: loss(nnx.merge(graphdef, state), *args), allow_int=True)
+    return count_matmuls(gradient, state)
 
 
 def program(fn, *args) -> str:

@@ -31,6 +31,7 @@ def test_private_names_are_where_they_were():
         ],
         graphlib: ["set_graph_mode", "set_graph_updates"],
         general: ["split_inputs", "merge_inputs"],
+        nn.Module: [_compat.LINEN_CALL],
         nnx.Variable: ["_can_update", "get_raw_value", "get_value", "set_value"],
         jax: ["make_user_context"],
     }.items():

@@ -253,6 +253,75 @@ def test_a_function():
         nj.SelectiveCheckpoint(policy="all")(3)
 
 
+class Named(nn.Module):
+    """A model that puts one of its own methods under a checkpoint, not a module."""
+
+    plain: bool = False
+
+    def setup(self):
+        self.up, self.down, self.norm = nn.Dense(64), nn.Dense(32), nn.BatchNorm(use_running_average=False)
+
+    def inside(self, x, *, scale):
+        return self.norm(self.down(jnp.sin(self.up(x)))) * scale
+
+    def __call__(self, x):
+        call = (lambda f, *a, **k: f(*a, **k)) if self.plain else nj.SelectiveCheckpoint(policy="all")
+        return call(self.inside, x, scale=0.5)
+
+
+def test_a_method_of_a_linen_module():
+    variables = Named().init(jax.random.key(0), X)
+
+    def run(m):
+        def loss(params):
+            out, state = m.apply({**variables, "params": params}, X, mutable=["batch_stats"])
+            return total(out), state
+
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    assert_close(run(Named(plain=True)), run(Named()), 1e-5)
+    sizes = [
+        nj.residuals(lambda p, m=m: m.apply({**variables, "params": p}, X, mutable=["batch_stats"])[0], variables["params"])
+        for m in (Named(), Named(plain=True))
+    ]
+    assert sizes[0].nbytes < sizes[1].nbytes
+
+
+class NNXNoisy(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.down = nnx.Linear(32, 64, rngs=rngs), nnx.Linear(64, 32, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def inside(self, x):
+        return self.down(self.drop(jnp.sin(self.up(x))))
+
+
+@pytest.mark.parametrize("how", ["method", "argument"])
+def test_an_nnx_module_that_a_function_changes(how):
+    """Each call draws another dropout mask: the count of the random stream comes out of the boundary."""
+    checkpoint_fn = nj.SelectiveCheckpoint(policy="all")
+    ours = {
+        "method": lambda m, x: checkpoint_fn(m.inside, x),
+        "argument": lambda m, x: checkpoint_fn(lambda m, x: m.inside(x), m, x),
+    }[how]
+    loss = lambda call: lambda m: total(call(m, call(m, X)))
+    models = [NNXNoisy(nnx.Rngs(params=0, dropout=1)) for _ in range(2)]
+    plain_loss, our_loss = loss(lambda m, x: m.inside(x)), loss(ours)
+    assert nj.residuals(our_loss, models[0]).nbytes < nj.residuals(plain_loss, models[0]).nbytes
+    grads = [nnx.to_pure_dict(nnx.grad(f)(m)) for f, m in zip((plain_loss, our_loss), models, strict=True)]
+    assert_close(*grads, rtol=1e-5)
+    assert [int(m.drop.rngs.count[...]) for m in models] == [2, 2]
+
+
+def test_a_lone_dense_in_checkpoint_fn_is_no_boundary():
+    """Its only residual is its input: a boundary would copy and free nothing."""
+    dense = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
+    checkpoint_fn = nj.SelectiveCheckpoint(policy="all")
+    assert checkpoint_fn.should_checkpoint(dense)
+    assert "remat" not in (text := str(jax.make_jaxpr(jax.grad(lambda x: total(checkpoint_fn(dense, x))))(X)))
+    assert "checkpoint" not in text
+
+
 def test_an_unbound_module_in_checkpoint_fn():
     with pytest.raises(ValueError, match="Dense is unbound: checkpoint_fn calls a submodule inside"):
         nj.SelectiveCheckpoint(policy="all")(nn.Dense(3), X)

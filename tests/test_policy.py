@@ -270,6 +270,19 @@ def test_alternate_takes_half_of_each_family_by_itself(n):
     assert chosen == {(f"{family}_{i}",) for family in ("enc", "dec") for i in range(0, n, 2)}
 
 
+def test_alternate_leaves_a_layer_alone_as_a_whole():
+    """Self- and cross-attention have the same shapes; inside a decoder layer they are no layers of their own."""
+    size, attention = 8, (("w", (2,), "f4"),)
+    nodes = []
+    for i in range(4):
+        nodes.append(ModuleNode(path=(f"dec_{i}",), type="Decoder", params=(("w", (size,), "f4"),), size=size))
+        for kind in ("self", "cross"):
+            nodes.append(ModuleNode(path=(f"dec_{i}", kind), type="Attention", params=attention, size=2))
+    assert select(nj.load_policy("alternate"), nodes).boundaries == {("dec_0",), ("dec_2",)}
+    by_type = nj.Policy(checkpoint=(nj.CheckpointRule(type="Attention", layers="::2"),))
+    assert select(by_type, nodes).boundaries == {(f"dec_{i}", "self") for i in range(4)}
+
+
 def test_auto_takes_layers_and_large_modules_outside_families():
     big, small = (("w", (2_000_000,), "f4"),), (("w", (10,), "f4"),)
     nodes = [
