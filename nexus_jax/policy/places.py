@@ -76,6 +76,7 @@ def checkpoint_by_name(
 
 
 _named: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_bodies: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def _with_names(jaxpr: Any, is_weight: Sequence[bool], policy: Policy) -> Any:
@@ -104,7 +105,23 @@ class _Marker:
         for eqn in reversed(jaxpr.eqns):
             eqns[:0] = self._mark(eqn, weights, feeds)
         out_weights = [self._get(weights, v) for v in jaxpr.outvars]
-        return jaxpr.replace(eqns=eqns), out_weights, [v in feeds for v in jaxpr.invars]
+        same = len(eqns) == len(jaxpr.eqns) and all(a is b for a, b in zip(eqns, jaxpr.eqns, strict=True))
+        return jaxpr if same else jaxpr.replace(eqns=eqns), out_weights, [v in feeds for v in jaxpr.invars]
+
+    def _body_rewritten(self, body: Any, in_weights: list[bool], out_feeds: list[bool]) -> tuple[Any, list[bool]]:
+        """A body with its names, and which of its inputs feed a weight matmul.
+
+        One object for one body: JAX differentiates and transposes a jitted function that layers share once, if they
+        still share it.
+        """
+        known = _bodies.setdefault(body, {})
+        key = (tuple(in_weights), tuple(out_feeds), self.policy, self.known)
+        if key not in known:
+            jaxpr, _, in_feeds = self.rewrite(body.jaxpr, [False] * len(body.consts), in_weights, out_feeds)
+            same = jaxpr is body.jaxpr  # not kept under itself: it would never be forgotten
+            known[key] = None if same else jex.ClosedJaxpr(jaxpr, body.consts), in_feeds
+        named, in_feeds = known[key]
+        return body if named is None else named, in_feeds
 
     @staticmethod
     def _get(weights: dict[Any, bool], atom: Any) -> bool:
@@ -146,8 +163,9 @@ class _Marker:
         weight_matmul = self._is_weight_matmul(eqn, weights)
         if body is not None:
             flags = [self._get(weights, v) for v in eqn.invars]
-            jaxpr, _, in_feeds = self.rewrite(body.jaxpr, [False] * len(body.consts), flags, out_feeds)
-            eqn = eqn.replace(params={**eqn.params, _BODIES[eqn.primitive.name]: jex.ClosedJaxpr(jaxpr, body.consts)})
+            named, in_feeds = self._body_rewritten(body, flags, out_feeds)
+            if named is not body:
+                eqn = eqn.replace(params={**eqn.params, _BODIES[eqn.primitive.name]: named})
         elif weight_matmul:
             in_feeds = [not self._get(weights, v) for v in eqn.invars] if self.known else [True] * 2
         elif eqn.primitive.name in _VIEWS:
@@ -173,7 +191,7 @@ class _Marker:
                 outs.append(raw)
             else:
                 outs.append(var)
-        return [eqn.replace(outvars=outs), *extra]
+        return [eqn.replace(outvars=outs), *extra] if extra else [eqn]
 
 
 def _name_equation(source: Any, target: Any, name: str, like: Any) -> Any:
