@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core as jex
 
+from nexus_jax import transfer
 from nexus_jax.policy.places import checkpoint_by_name
 from nexus_jax.policy.rules import Policy
 
@@ -166,61 +168,71 @@ def checkpointed(policy: Policy) -> Callable[..., Any]:
     return run
 
 
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
-class _Moved:
-    """A residual that waits on the host."""
-
-    value: Any
-
-    def tree_flatten(self):
-        return (self.value,), None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
-
-
 def offloaded(
-    wanted: Callable[[Any], bool], to_host: Callable[[Any], Any], to_device: Callable[[Any], Any]
+    wanted: Callable[[Any], bool], to_host: Callable[[Any], Any], to_device: Callable[[Any], Any], ahead: int = 0
 ) -> Callable[..., Any]:
     """``run(fun, weights, rest)``: ``fun(weights, rest)`` whose residuals wait on the host where ``wanted`` says so.
 
     The residuals are the leaves of ``jax.vjp``: exactly what autodiff keeps after any checkpointing inside
     ``fun``. The function's own arguments (parameters, data) are never moved, but for those in ``rest`` where
     ``run(..., inputs=True)`` says that they are activations too; a value kept twice is moved once.
+
+    Args:
+        wanted: asked once of the type of each residual.
+        ahead: how many layers before its own a residual comes back (:mod:`nexus_jax.transfer`).
     """
 
     def run(fun: Callable[..., Any], weights: Any, rest: Any, inputs: bool = False) -> Any:
         flat = _Flat(fun, weights, rest)
         # Values that fun closes over must be arguments: custom_vjp does not differentiate closures.
         converted, closed_over = jax.closure_convert(flat.body, *flat.arrays)
+        n_own, end = flat.n_weights, len(flat.arrays)
 
         @jax.custom_vjp
         def call(*arrays):
             return converted(*arrays)
 
         def forward(*arrays):
-            out, backward = jax.vjp(converted, *arrays)
-            end = len(flat.arrays)
-            fixed = arrays[: flat.n_weights] + arrays[end:] if inputs else arrays
-            own = {id(a) for a in fixed}
-            moved: dict[int, _Moved] = {}
+            known: dict[str, Any] = {}
 
-            def place(leaf):
-                if id(leaf) in own or not wanted(leaf):
-                    return leaf
-                if id(leaf) not in moved:
-                    moved[id(leaf)] = _Moved(to_host(leaf))
-                return moved[id(leaf)]
+            def program(*arrays):
+                out, backward = jax.vjp(converted, *arrays)
+                leaves, known["treedef"] = jax.tree.flatten(backward)
+                known["n"] = len(out)
+                return [*out, *leaves]
 
-            leaves, treedef = jax.tree.flatten(backward)
-            return out, (_Static(treedef), [place(leaf) for leaf in leaves])
+            closed = jax.make_jaxpr(program)(*arrays)
+            n, outvars = known["n"], closed.jaxpr.outvars
+            fixed = [not inputs or i < n_own or i >= end for i in range(len(arrays))]
+            own = {v for v, f in zip(closed.jaxpr.invars, fixed, strict=True) if f}
+            answers: dict[Any, bool] = {}
+            for v in outvars[n:]:
+                if v not in answers and not isinstance(v, jex.Literal):
+                    answers[v] = v not in own and wanted(v.aval)
+            moved = [i >= n and answers.get(v, False) for i, v in enumerate(outvars)]
+            weight = [i < n_own or i >= end for i in range(len(arrays))]
+            staged = transfer.Forward(closed, moved, weight)
+            values = staged(arrays, to_host)
+            groups = [[i - n for i in group] for group in staged.groups()]
+            return values[:n], (_Static((known["treedef"], groups)), values[n:])
 
         def backward(residuals, cotangents):
-            treedef, leaves = residuals
-            fetched = [to_device(x.value) if isinstance(x, _Moved) else x for x in leaves]
-            return treedef.value.unflatten(fetched)(cotangents)
+            (treedef, groups), leaves = residuals[0].value, residuals[1]
+            away = {i for group in groups for i in group}
+            at_home = [jax.eval_shape(to_device, x) if i in away else x for i, x in enumerate(leaves)]
+            moving = [c for c in cotangents if c.dtype != jax.dtypes.float0]
+            known: dict[str, Any] = {}
+
+            def program(leaves, moving):
+                it = iter(moving)
+                filled = [c if c.dtype == jax.dtypes.float0 else next(it) for c in cotangents]
+                grads = treedef.unflatten(leaves)(filled)
+                known["grads"] = [None if g.dtype != jax.dtypes.float0 else g for g in grads]
+                return [g for g in grads if g.dtype != jax.dtypes.float0]
+
+            closed = jax.make_jaxpr(program)(at_home, moving)
+            grads = iter(transfer.Backward(closed, groups, ahead)([*leaves, *moving], to_device))
+            return tuple(next(grads) if g is None else g for g in known["grads"])
 
         call.defvjp(forward, backward)
         return flat.result(call(*flat.arrays, *closed_over))

@@ -111,7 +111,7 @@ class ActivationOffloader:
             seen.offloaded += nbytes(leaf)
             return True
 
-        return offloaded(wanted, self._to_host, self._to_device)(fun, weights, rest, inputs)
+        return offloaded(wanted, self._to_host, self._to_device, self.prefetch_ahead)(fun, weights, rest, inputs)
 
     def _to_host(self, x: Any) -> Any:
         if self.pin_memory:

@@ -1,0 +1,201 @@
+"""Offloading in step with the layers: where stages begin, which copies run beside which, and that memory is freed."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from checks import assert_close
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from models import GPT, NNXGPT, linen_loss, loss_of
+
+import nexus_jax as nj
+from nexus_jax import _compat, stages
+
+pytestmark = pytest.mark.filterwarnings("ignore::nexus_jax.OffloadWarning")
+LAYERS = 5
+TOKENS = jnp.arange(32).reshape(2, 16) % 64
+
+
+def mlp(params, x):
+    for p in params:
+        x = x + jnp.tanh(x @ p["up"]) @ p["down"]
+    return jnp.sum(jnp.sin(x.astype(jnp.float32)))
+
+
+def weights(layers=LAYERS, d=8, dtype=jnp.float32):
+    shapes = {"up": (d, 4 * d), "down": (4 * d, d)}
+    one = lambda i, n: 0.1 * jax.random.normal(jax.random.key(i), shapes[n], dtype)
+    return [{n: one(i, n) for n in shapes} for i in range(layers)]
+
+
+X = jnp.linspace(-1, 1, 64).reshape(8, 8)
+
+
+def offloader(ahead=1, **kwargs):
+    return nj.ActivationOffloader(offload_threshold_mb=0.0, prefetch_ahead=ahead, **kwargs)
+
+
+def fences(fn, *args):
+    """For each conditional of a program, in order: bytes that its branch sends to the host, and back."""
+    found = []
+    for eqn in jax.make_jaxpr(fn)(*args).jaxpr.eqns:
+        if eqn.primitive.name != "cond" or not any(isinstance(v, jax.core.Tracer) or v.aval.ndim for v in eqn.outvars):
+            continue
+        out = back = 0
+        for inner in eqn.params["branches"][1].jaxpr.eqns:
+            if inner.primitive.name == "device_put":
+                for source, target in zip(inner.invars, inner.outvars, strict=True):
+                    spaces = (source.aval.memory_space, target.aval.memory_space)
+                    out += spaces == (jax.memory.Space.Device, jax.memory.Space.Host) and target.aval.size * 4
+                    back += spaces == (jax.memory.Space.Host, jax.memory.Space.Device) and target.aval.size * 4
+        found.append((out, back))
+    return found
+
+
+def cuts_of(loss, params):
+    forward = jax.make_jaxpr(lambda p: jax.vjp(loss, p))(params).jaxpr
+    return stages.layer_cuts(forward, set(forward.invars)), len(forward.eqns)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_stages_are_the_layers_and_the_head(kind):
+    if kind == "linen":
+        model = GPT(layers=LAYERS)
+        params = model.init(jax.random.key(0), TOKENS)
+        cuts, n = cuts_of(lambda p: model.apply(p, TOKENS), params)
+    else:
+        graph, params = nnx.split(NNXGPT(layers=LAYERS, rngs=nnx.Rngs(0)))
+        cuts, n = cuts_of(lambda p: nnx.merge(graph, p)(TOKENS), params)
+    assert len(cuts) == LAYERS  # every layer but the first, and the head
+    lengths = {b - a for a, b in itertools.pairwise(cuts)}
+    assert len(lengths) == 1 and n - cuts[-1] < lengths.pop()
+
+
+def test_layers_that_differ_are_cut_at_their_waists():
+    def pyramid(ws, x):
+        for i, w in enumerate(ws):
+            wide = functools.reduce(lambda h, _: jnp.cos(h) if i % 2 else jnp.tanh(h), range(9 + i), x @ w)
+            x = jnp.sum(wide.reshape(8, 4, -1), 1)
+        return x
+
+    ws = [jnp.ones((2**k, 2 ** (k + 1))) for k in (6, 5, 4)]
+    cuts, n = cuts_of(lambda w: pyramid(w, jnp.ones((8, 64))), ws)
+    assert len(cuts) >= 2 and n > cuts[-1]
+
+
+def test_a_residual_leaves_while_the_next_layer_runs():
+    forward = fences(lambda p: jax.vjp(offloader().wrap(mlp), p, X), weights())
+    out = [o for o, _ in forward]
+    layer = out[2]
+    # The first one's input is an argument, and stays; the last one's own leave with it, but what the head needs, too.
+    assert out == [0, *[layer] * (LAYERS - 2), 2 * layer - X.nbytes] and layer >= 5 * X.nbytes
+    assert sum(b for _, b in forward) == 0
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 3])
+def test_a_residual_comes_back_as_many_layers_ahead_as_asked(ahead):
+    loss = offloader(ahead).wrap(mlp)
+    _, pull = jax.vjp(loss, weights(), X)
+    back = [b for _, b in fences(pull, jnp.ones(()))]
+    plain = [b for _, b in fences(jax.vjp(offloader(0).wrap(mlp), weights(), X)[1], jnp.ones(()))]
+    assert len(back) == len(plain) == LAYERS and min(plain) > 0
+    # What the head needs is outside; the first conditional is the last layer's.
+    expected = [sum(plain[: ahead + 1]), *plain[ahead + 1 :], *([0] * ahead)]
+    assert back == expected
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("transform", ["jit", "vmap", "vmap weights", "scan", "remat"])
+def test_gradients_are_the_plain_ones(ahead, transform):
+    def gradient(f):
+        match transform:
+            case "jit":
+                return jax.grad(f, (0, 1))(weights(), X)
+            case "vmap":
+                return jax.vmap(jax.grad(f, (0, 1)), (None, 0))(weights(), jnp.stack([X, X + 1]))
+            case "vmap weights":
+                stacked = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), weights())
+                return jax.vmap(jax.grad(f, (0, 1)), (0, None))(stacked, X)
+            case "scan":
+                step = lambda p: lambda carry, x: (carry + f(p, x), None)
+                return jax.grad(lambda p: jax.lax.scan(step(p), 0.0, jnp.stack([X, X + 1]))[0])(weights())
+            case _:
+                return jax.grad(jax.checkpoint(f), (0, 1))(weights(), X)
+
+    plain, ours = (jax.jit(gradient, static_argnums=0)(f) for f in (mlp, offloader(ahead).wrap(mlp)))
+    assert_close(plain, ours, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit", "shard_map", "inside shard_map"])
+def test_gradients_over_a_mesh(kind):
+    explicit = kind == "explicit"
+    axis = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis,))
+    split = PartitionSpec("data")
+    mean = lambda tree: jax.tree.map(lambda a: jax.lax.pmean(a, "data"), tree)
+
+    def step(f):
+        mapped = functools.partial(
+            jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=PartitionSpec()
+        )
+        match kind:
+            case "shard_map":
+                return jax.jit(jax.grad(mapped(lambda p, x: mean(f(p, x)))))
+            case "inside shard_map":
+                return jax.jit(mapped(lambda p, x: mean(jax.grad(f)(p, x))))
+            case _:
+                return jax.jit(jax.grad(f))
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, NamedSharding(mesh, split))
+        plain, ours = (step(f)(weights(), x) for f in (mlp, offloader().wrap(mlp)))
+    assert_close(plain, ours, 1e-5)
+
+
+@pytest.mark.parametrize("pin", [True, False])
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_models_and_memory_kinds(kind, pin):
+    wrap = offloader(pin_memory=pin).wrap
+    if kind == "linen":
+        model = GPT(layers=3)
+        params = model.init(jax.random.key(0), TOKENS)
+        plain, ours = (jax.jit(jax.grad(linen_loss(m, TOKENS)))(params) for m in (model, wrap(model)))
+    else:
+        model = NNXGPT(layers=3, rngs=nnx.Rngs(0))
+        step = nnx.jit(nnx.grad(lambda m: loss_of(m(TOKENS), TOKENS)))
+        plain, ours = (nnx.to_pure_dict(step(m)) for m in (model, wrap(model)))
+    assert_close(plain, ours, 1e-5)
+
+
+def test_integers_keys_and_flags_pass_between_stages():
+    def noisy(params, x, key):
+        count = jnp.zeros((), jnp.int32)
+        for p in params:
+            key, sub = jax.random.split(key)
+            keep = jax.random.bernoulli(sub, 0.9, x.shape)
+            x = x + jnp.where(keep, jnp.tanh(x @ p["up"]) @ p["down"], 0)
+            count = count + keep.sum()
+        return jnp.sum(jnp.sin(x)), count
+
+    args = weights(), X, jax.random.key(0)
+    plain, ours = (jax.jit(jax.value_and_grad(f, has_aux=True))(*args) for f in (noisy, offloader().wrap(noisy)))
+    chex.assert_trees_all_close(plain, ours, rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["v5e", "h200"])
+def test_memory_is_freed_by_the_compilers_with_default_flags(target):
+    """The same step keeping, and offloading, what a policy does not recompute; no device is needed."""
+    if not _compat.has_compiler("tpu" if target == "v5e" else "gpu"):
+        pytest.skip(f"no compiler for {target}")
+    rows, d = 2**17, 512
+    params = jax.eval_shape(lambda: weights(6, d, jnp.bfloat16))
+    x = jax.ShapeDtypeStruct((rows, d), jnp.bfloat16)
+    moved = nj.ActivationOffloader(offload_threshold_mb=1.0, prefetch_ahead=1).wrap(mlp)
+    kept, ours = (nj.measure(f, params, x, target=target) for f in (mlp, moved))
+    layer = 5 * rows * d * 2
+    assert ours.host_bytes >= 5 * layer
+    assert ours.device_bytes < kept.device_bytes - 1.5 * layer
