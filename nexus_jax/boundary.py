@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
 
-from nexus_jax import transfer
+from nexus_jax.offloading import transfer
 from nexus_jax.policy.places import checkpoint_by_name
 from nexus_jax.policy.rules import Policy
 
@@ -193,46 +192,15 @@ def offloaded(
             return converted(*arrays)
 
         def forward(*arrays):
-            known: dict[str, Any] = {}
-
-            def program(*arrays):
-                out, backward = jax.vjp(converted, *arrays)
-                leaves, known["treedef"] = jax.tree.flatten(backward)
-                known["n"] = len(out)
-                return [*out, *leaves]
-
-            closed = jax.make_jaxpr(program)(*arrays)
-            n, outvars = known["n"], closed.jaxpr.outvars
             fixed = [not inputs or i < n_own or i >= end for i in range(len(arrays))]
-            own = {v for v, f in zip(closed.jaxpr.invars, fixed, strict=True) if f}
-            answers: dict[Any, bool] = {}
-            for v in outvars[n:]:
-                if v not in answers and not isinstance(v, jex.Literal):
-                    answers[v] = v not in own and wanted(v.aval)
-            moved = [i >= n and answers.get(v, False) for i, v in enumerate(outvars)]
             weight = [i < n_own or i >= end for i in range(len(arrays))]
-            staged = transfer.Forward(closed, moved, weight)
-            values = staged(arrays, to_host)
-            groups = [[i - n for i in group] for group in staged.groups()]
-            return values[:n], (_Static((known["treedef"], groups)), values[n:])
+            staged = transfer.Forward(converted, arrays, fixed=fixed, weights=weight, wanted=wanted)
+            out, kept = staged(arrays, to_host)
+            return out, (_Static(staged.way_back()), kept)
 
         def backward(residuals, cotangents):
-            (treedef, groups), leaves = residuals[0].value, residuals[1]
-            away = {i for group in groups for i in group}
-            at_home = [jax.eval_shape(to_device, x) if i in away else x for i, x in enumerate(leaves)]
-            moving = [c for c in cotangents if c.dtype != jax.dtypes.float0]
-            known: dict[str, Any] = {}
-
-            def program(leaves, moving):
-                it = iter(moving)
-                filled = [c if c.dtype == jax.dtypes.float0 else next(it) for c in cotangents]
-                grads = treedef.unflatten(leaves)(filled)
-                known["grads"] = [None if g.dtype != jax.dtypes.float0 else g for g in grads]
-                return [g for g in grads if g.dtype != jax.dtypes.float0]
-
-            closed = jax.make_jaxpr(program)(at_home, moving)
-            grads = iter(transfer.Backward(closed, groups, ahead)([*leaves, *moving], to_device))
-            return tuple(next(grads) if g is None else g for g in known["grads"])
+            back, kept = residuals
+            return transfer.backward(back.value, kept, cotangents, to_device, ahead)
 
         call.defvjp(forward, backward)
         return flat.result(call(*flat.arrays, *closed_over))

@@ -39,14 +39,12 @@ def gpt():
     return model, model.init(jax.random.key(0), TOKENS)
 
 
-def leaves(found):
-    """What is kept, with the views of weights and the constants that compilers would do without: all may be moved."""
-    return [*found, *(r for r in found.arguments if r.op != "argument" and r.shape)]
-
-
-def big(found, mb):
-    """Bytes of floating-point residuals of at least the threshold."""
-    return sum(r.nbytes for r in leaves(found) if r.dtype == "float32" and r.nbytes >= mb * 2**20)
+def assert_moved(inside, mb):
+    """What is on the host is floating-point and as large as that; of what is on the device, nothing but arguments is."""
+    there = [r for r in inside if r.place == "host"]
+    here = [r for r in inside if r.place == "device" and r.op != "argument"]
+    assert there and all(r.dtype == "float32" and r.nbytes >= mb * 2**20 for r in there)
+    assert not [r for r in here if r.dtype == "float32" and r.nbytes >= mb * 2**20]
 
 
 @pytest.mark.parametrize("mb", [1.5 * KB, 2 * KB, 8 * KB])
@@ -57,8 +55,10 @@ def test_context_moves_every_float_residual_from_the_threshold_up(gpt, mb):
     with nj.ActivationOffloader(offload_threshold_mb=mb).offload_context():
         inside = nj.residuals(lambda p: model.apply(p, TOKENS), params)
         grads = unfused(jax.grad(logits), params)
-    assert inside.host_bytes == big(plain, mb) > 0
-    assert sum(r.nbytes for r in leaves(inside)) == sum(r.nbytes for r in leaves(plain))
+    assert_moved(inside, mb)
+    assert (
+        inside.nbytes < plain.nbytes
+    )  # what elementwise operations make again is not kept beside what they make it of
     assert_close(unfused(jax.grad(logits), params), grads)
 
 
@@ -129,8 +129,8 @@ def test_composes_with_selective_checkpointing(make):
         both = nj.residuals(lambda p: ours.apply(p, TOKENS), params)
         grads = jax.grad(linen_loss(ours, TOKENS))(params)
     kept = nj.residuals(lambda p: ours.apply(p, TOKENS), params)
-    assert sum(r.nbytes for r in leaves(both)) == sum(r.nbytes for r in leaves(kept))  # recomputed is recomputed,
-    assert both.host_bytes == big(kept, 2 * KB) > 0  # and the rest is moved
+    assert both.nbytes <= kept.nbytes  # recomputed is recomputed,
+    assert_moved(both, 2 * KB)  # and the rest is moved
     assert_close(jax.grad(linen_loss(model, TOKENS))(params), grads, 1e-5)
 
 
@@ -301,8 +301,9 @@ def test_gradients_are_equal_for_any_shape_and_threshold(rows, width, layers, kb
         wrapped = nj.ActivationOffloader(offload_threshold_mb=kb * KB).wrap(f)
         ours, plain = (jax.grad(g, argnums=(0, 1))(w, x) for g in (wrapped, f))
         chex.assert_trees_all_close(ours, plain, rtol=1e-5)
-        found, before = nj.residuals(wrapped, w, x), nj.residuals(f, w, x)
-    assert found.host_bytes == sum(r.nbytes for r in before if r.nbytes >= kb * 1024)
+        found = nj.residuals(wrapped, w, x)
+    each = rows * width * w.dtype.itemsize  # of each layer, tanh: it makes its derivative, and is the next one's input
+    assert found.host_bytes == (layers * each if each >= kb * 1024 else 0)
 
 
 @pytest.mark.parametrize("pin", [True, False])
@@ -328,13 +329,13 @@ def test_by_hand(pin):
 
 def test_unpinned_is_its_own_memory_kind():
     w = jnp.eye(8)
-    f = nj.ActivationOffloader(pin_memory=False, offload_threshold_mb=0.0).wrap(lambda w: jnp.sum(jnp.sin(w)))
+    f = nj.ActivationOffloader(pin_memory=False, offload_threshold_mb=0.0).wrap(lambda w: jnp.sum(jnp.sin(w @ w)))
     offload._SAID.clear()
     with pytest.warns(nj.OffloadWarning) as said:
         assert "unpinned_host" in str(jax.make_jaxpr(jax.grad(f))(w))
     assert any("JAX refuses it for arrays that are sharded" in str(w.message) for w in said)
     assert nj.residuals(f, w).host_bytes == w.nbytes
-    assert jnp.array_equal(jax.grad(f)(w), jnp.cos(w))
+    assert jnp.allclose(jax.grad(f)(w), jax.grad(lambda w: jnp.sum(jnp.sin(w @ w)))(w))
 
 
 def test_devices_that_lack_a_memory(monkeypatch):

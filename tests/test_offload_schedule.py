@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models import GPT, NNXGPT, linen_loss, loss_of
 
 import nexus_jax as nj
-from nexus_jax import _compat, stages
+from nexus_jax import _compat
+from nexus_jax.offloading import stages
 
 pytestmark = pytest.mark.filterwarnings("ignore::nexus_jax.OffloadWarning")
 LAYERS = 5

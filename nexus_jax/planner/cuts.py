@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from jax.extend import core as jex
 
-from nexus_jax.planner.flat import Flat
+from nexus_jax.flat import Flat
 from nexus_jax.planner.prices import is_fused
 
 _HEAVY = 1 / 50  # of the heaviest equation

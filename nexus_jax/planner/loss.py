@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 
 from nexus_jax import adapters
+from nexus_jax import flat as flats
 from nexus_jax.boundary import is_floating, split
-from nexus_jax.planner import flat as flats
-from nexus_jax.planner.flat import Flat
+from nexus_jax.flat import Flat
 
 _DATA = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 

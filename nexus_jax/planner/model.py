@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from jax.extend import core as jex
 
+from nexus_jax.flat import Flat
 from nexus_jax.planner.allocate import Edge, Frontier, Option, Path
 from nexus_jax.planner.cuts import cuts
-from nexus_jax.planner.flat import Flat
 from nexus_jax.planner.needs import needs_of
 from nexus_jax.planner.options import Options, Way
 from nexus_jax.planner.prices import Prices

@@ -17,8 +17,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from nexus_jax.planner import flat as flats
-from nexus_jax.planner.flat import Flat
+from nexus_jax import flat as flats
+from nexus_jax.flat import Flat
 
 _PREFIX = "nexus_jax.value."
 

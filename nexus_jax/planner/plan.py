@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nexus_jax import report
-from nexus_jax.planner.flat import Flat
+from nexus_jax.flat import Flat
 from nexus_jax.planner.loss import Loss
 from nexus_jax.planner.rewrite import Segment, rewritten
 

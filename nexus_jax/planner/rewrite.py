@@ -11,8 +11,8 @@ import jax
 from jax.extend import core as jex
 
 from nexus_jax import _compat
-from nexus_jax.planner import flat as flats
-from nexus_jax.planner.flat import Flat
+from nexus_jax import flat as flats
+from nexus_jax.flat import Flat
 from nexus_jax.planner.needs import name_equation, nameable
 from nexus_jax.policy.places import OFFLOAD, SAVE
 

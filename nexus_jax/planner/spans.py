@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from jax.extend import core as jex
 
+from nexus_jax.flat import Flat
 from nexus_jax.planner import prices
-from nexus_jax.planner.flat import Flat
 from nexus_jax.planner.graph import Graph, Op
 from nexus_jax.planner.needs import Needs, Step
 from nexus_jax.planner.prices import Prices

@@ -48,7 +48,7 @@ def stages(jaxpr: Any, cuts: Sequence[int]) -> list[Stage]:
     for start, stop in itertools.pairwise(edges):
         eqns = jaxpr.eqns[start:stop]
         made = {v for eqn in eqns for v in eqn.outvars}
-        ins = dict.fromkeys(v for eqn in eqns for v in _variables(eqn.invars) if v not in made)
+        ins = dict.fromkeys(v for eqn in eqns for v in variables(eqn.invars) if v not in made)
         outs = [v for eqn in eqns for v in eqn.outvars if last.get(v, -1) >= stop]
         effects = set().union(*(eqn.effects for eqn in eqns))
         found.append(
@@ -85,7 +85,7 @@ def use_cuts(jaxpr: Any, groups: Sequence[Sequence[Any]]) -> list[int]:
     """
     first: dict[Any, int] = {}
     for i, eqn in enumerate(jaxpr.eqns):
-        for v in _variables(eqn.invars):
+        for v in variables(eqn.invars):
             first.setdefault(v, i)
     cuts: list[int] = []
     for group in reversed(groups[:-1]):
@@ -95,13 +95,13 @@ def use_cuts(jaxpr: Any, groups: Sequence[Sequence[Any]]) -> list[int]:
     return cuts
 
 
-def _variables(atoms: Sequence[Any]) -> list[Any]:
+def variables(atoms: Sequence[Any]) -> list[Any]:
     return [v for v in atoms if not isinstance(v, jex.Literal)]
 
 
 def _last_uses(jaxpr: Any) -> dict[Any, int]:
-    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
-    return last | dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in variables(eqn.invars)}
+    return last | dict.fromkeys(variables(jaxpr.outvars), len(jaxpr.eqns))
 
 
 def _crossing(jaxpr: Any, fixed: Set[Any]) -> list[int]:
@@ -110,7 +110,7 @@ def _crossing(jaxpr: Any, fixed: Set[Any]) -> list[int]:
     last: dict[Any, int] = {}
     weights = set(fixed)
     for i, eqn in enumerate(jaxpr.eqns):
-        used = _variables(eqn.invars)
+        used = variables(eqn.invars)
         last |= dict.fromkeys(used, i)
         made |= dict.fromkeys(eqn.outvars, i)
         if all(v in weights for v in used):

@@ -11,55 +11,99 @@ It costs one scalar read for each layer, and layers are no longer fused with one
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.extend import core as jex
 
-from nexus_jax.stages import Stage, layer_cuts, stages, use_cuts
+from nexus_jax.flat import flatten
+from nexus_jax.offloading.keep import Kept, keep, latest
+from nexus_jax.offloading.stages import Stage, layer_cuts, stages, use_cuts
 
 HOST = jax.memory.Space.Host
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class WayBack:
+    """What the backward pass must know of the forward pass.
+
+    Attributes:
+        treedef: of the residuals, as ``jax.vjp`` returns them.
+        kept: what was kept, and what makes the residuals of it.
+        groups: for each stage, first stage first, which of the kept values wait on the host for its backward pass.
+    """
+
+    treedef: Any
+    kept: Kept
+    groups: list[list[int]]
 
 
 class Forward:
     """A forward program in stages; what each makes for the backward pass leaves while the next one runs.
 
     Args:
-        closed: the program, a ``ClosedJaxpr``.
-        moved: which of its outputs go to the host.
-        fixed: which of its inputs are parameters.
+        fun: the program, of arrays, returns a list of arrays.
+        arrays: what it is called with.
+        fixed: which of them are there all the time, and never leave.
+        weights: which of them are parameters.
+        wanted: asked once of the type of each value that is kept, whether it goes to the host.
     """
 
-    def __init__(self, closed: Any, moved: Sequence[bool], fixed: Sequence[bool]):
-        self.closed, jaxpr = closed, closed.jaxpr
-        self.moved = dict.fromkeys(v for v, m in zip(jaxpr.outvars, moved, strict=True) if m)
-        self.outs = list(zip(jaxpr.outvars, moved, strict=True))
-        there = {v for v, f in zip(jaxpr.invars, fixed, strict=True) if f}
-        self.stages = stages(jaxpr, layer_cuts(jaxpr, there | set(jaxpr.constvars)) if self.moved else [])
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        arrays: Sequence[Any],
+        *,
+        fixed: Sequence[bool],
+        weights: Sequence[bool],
+        wanted: Callable[[Any], bool],
+    ):
+        known: dict[str, Any] = {}
 
-    def groups(self) -> list[list[int]]:
-        """For each stage, which of the outputs that go to the host its backward pass needs.
+        def program(*arrays):
+            out, backward = jax.vjp(fun, *arrays)
+            leaves, known["treedef"] = jax.tree.flatten(backward)
+            known["n"] = len(out)
+            return [*out, *leaves]
 
-        What flows from one stage to the next is needed by the next one's, what stays inside a stage by its own.
-        """
+        flat = flatten(jax.make_jaxpr(program)(*arrays))
+        jaxpr, n_consts = flat.jaxpr, len(flat.consts)
+        outs, leaves = jaxpr.outvars[: known["n"]], jaxpr.outvars[known["n"] :]
+        pick = lambda flags: {v for v, f in zip(jaxpr.invars, [True] * n_consts + [*flags], strict=True) if f}
+        cuts = layer_cuts(jaxpr, pick(weights))
+        own = pick(fixed)
+        self.treedef, self.consts = known["treedef"], flat.consts
+        self.kept = keep(jaxpr, stages(jaxpr, cuts), leaves, own)
+        self.moved = {v for v in self.kept.variables if v not in own and wanted(v.aval)}
+        self.outs = outs
+        self.jaxpr = jaxpr.replace(outvars=[*outs, *self.kept.variables])
+        self.stages = stages(self.jaxpr, cuts if self.moved else [])
+
+    def way_back(self) -> WayBack:
+        return WayBack(treedef=self.treedef, kept=self.kept, groups=self._groups())
+
+    def _groups(self) -> list[list[int]]:
+        """What flows from one stage to the next is needed by the next one's backward, what stays inside by its own."""
         of: dict[Any, int] = {}
         for k, stage in enumerate(self.stages):
             of |= dict.fromkeys(stage.made, k)
         for k, stage in reversed(list(enumerate(self.stages))):
             of |= dict.fromkeys(stage.ins, k)
         groups: list[list[int]] = [[] for _ in self.stages]
-        for i, (v, m) in enumerate(self.outs):
-            if m:
+        for i, v in enumerate(self.kept.variables):
+            if v in self.moved:
                 groups[of.get(v, 0)].append(i)
         return groups
 
-    def __call__(self, args: Sequence[Any], to_host: Callable[[Any], Any]) -> list[Any]:
-        jaxpr = self.closed.jaxpr
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*self.closed.consts, *args], strict=True))
+    def __call__(self, args: Sequence[Any], to_host: Callable[[Any], Any]) -> tuple[list[Any], list[Any]]:
+        """The program's results, and what is kept."""
+        env = dict(zip(self.jaxpr.invars, [*self.consts, *args], strict=True))
         leaving = [v for v in self.moved if v in env]
         host: dict[Any, Any] = {}
         *layers, head = self.stages
@@ -70,25 +114,50 @@ class Forward:
             host.update(_run(stage, env, leaving, to_host, late=last))
             leaving = [] if last else made
         _run_plainly(head, env)
-        host.update((v, to_host(env[v])) for v in self.moved if v not in host)
-        return [v.val if isinstance(v, jex.Literal) else host[v] if m else env[v] for v, m in self.outs]
+        host.update((v, to_host(env[v])) for v in self.kept.variables if v in self.moved and v not in host)
+        read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
+        return [read(v) for v in self.outs], [host[v] if v in self.moved else env[v] for v in self.kept.variables]
+
+
+def backward(
+    way: WayBack, kept: Sequence[Any], cotangents: Sequence[Any], to_device: Callable[[Any], Any], ahead: int
+) -> tuple[Any, ...]:
+    """The gradients of all arrays that the forward program took."""
+    away = {i for group in way.groups for i in group}
+    at_home = [jax.eval_shape(to_device, x) if i in away else x for i, x in enumerate(kept)]
+    moving = [c for c in cotangents if c.dtype != jax.dtypes.float0]
+    known: dict[str, Any] = {}
+
+    def program(kept, moving):
+        it = iter(moving)
+        filled = [c if c.dtype == jax.dtypes.float0 else next(it) for c in cotangents]
+        grads = way.treedef.unflatten(way.kept.residuals(kept))(filled)
+        known["grads"] = [None if g.dtype != jax.dtypes.float0 else g for g in grads]
+        return [g for g in grads if g.dtype != jax.dtypes.float0]
+
+    flat = flatten(jax.make_jaxpr(program)(at_home, moving))
+    n = len(flat.jaxpr.invars) - len(moving)
+    jaxpr = latest(flat.jaxpr, flat.jaxpr.invars[n:])
+    groups = [[i + len(flat.consts) for i in group] for group in way.groups]
+    grads = iter(Backward(jaxpr, groups, ahead)([*flat.consts, *kept, *moving], to_device))
+    return tuple(next(grads) if g is None else g for g in known["grads"])
 
 
 class Backward:
     """A backward program in stages; what a stage needs comes back while an earlier one runs.
 
     Args:
-        closed: the program.
+        jaxpr: the program.
         groups: for each layer, first layer first, which inputs wait on the host.
         ahead: how many stages before its own a copy back runs; with 0 at the beginning of its own.
     """
 
-    def __init__(self, closed: Any, groups: Sequence[Sequence[int]], ahead: int):
-        self.closed, self.ahead = closed, ahead
-        invars = closed.jaxpr.invars
+    def __init__(self, jaxpr: Any, groups: Sequence[Sequence[int]], ahead: int):
+        self.jaxpr, self.ahead = jaxpr, ahead
+        invars = jaxpr.invars
         waiting = [[invars[i] for i in group] for group in groups]
         self.waiting = {v for group in waiting for v in group}
-        self.stages = stages(closed.jaxpr, use_cuts(closed.jaxpr, waiting))
+        self.stages = stages(jaxpr, use_cuts(jaxpr, waiting))
         seen: set[Any] = set()
         self.needs: list[list[Any]] = []
         for stage in self.stages:
@@ -96,8 +165,8 @@ class Backward:
             seen |= set(self.needs[-1])
 
     def __call__(self, args: Sequence[Any], to_device: Callable[[Any], Any]) -> list[Any]:
-        jaxpr = self.closed.jaxpr
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*self.closed.consts, *args], strict=True))
+        jaxpr = self.jaxpr
+        env = dict(zip(jaxpr.invars, args, strict=True))
         start, done = 0, []
         if len(self.stages) > 1:
             # What follows the last layer is left open: its cotangents are the largest values of many models, and are
@@ -155,7 +224,12 @@ def _run_plainly(stage: Stage, env: dict[Any, Any]) -> None:
 
 
 def fenced(fun: Callable[..., Any], ins: list[Any], *others: list[Any]) -> Any:
-    """``fun(ins, *others)``, as one step of the program: nothing in it starts before all of its arguments are there."""
+    """``fun(ins, *others)``, as one step of the program: nothing in it starts before all of its arguments are there.
+
+    Outside ``jit`` operations run in the order in which they are called, and nothing is needed.
+    """
+    if not any(isinstance(x, jax.core.Tracer) for x in itertools.chain(ins, *others)):
+        return fun(ins, *others)
     closed, shape = jax.make_jaxpr(fun, return_shape=True)(ins, *others)
     ties = [x for x in ins if _can_tie(x)]
     if not ties or closed.effects or not all(_can_be_zero(aval) for aval in closed.out_avals):

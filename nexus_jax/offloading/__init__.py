@@ -1,0 +1,1 @@
+"""How residuals get to the host and back: what is kept, where layers begin, and what ties copies to them."""
