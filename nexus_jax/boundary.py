@@ -194,7 +194,7 @@ def offloaded(
         def forward(*arrays):
             fixed = [not inputs or i < n_own or i >= end for i in range(len(arrays))]
             weight = [i < n_own or i >= end for i in range(len(arrays))]
-            staged = transfer.Forward(converted, arrays, fixed=fixed, weights=weight, wanted=wanted)
+            staged = transfer.Forward(converted, arrays, fixed=fixed, weights=weight, wanted=wanted, ahead=ahead)
             out, kept = staged(arrays, to_host)
             return out, (_Static(staged.way_back()), kept)
 

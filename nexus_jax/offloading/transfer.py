@@ -36,12 +36,14 @@ class WayBack:
     Attributes:
         treedef: of the residuals, as ``jax.vjp`` returns them.
         kept: what was kept, and what makes the residuals of it.
-        groups: for each stage, first stage first, which of the kept values wait on the host for its backward pass.
+        groups: for each stage, first stage first, which of the kept values its backward pass is the first to need.
+        moved: which of the kept values wait on the host.
     """
 
     treedef: Any
     kept: Kept
     groups: list[list[int]]
+    moved: list[bool]
 
 
 class Forward:
@@ -52,7 +54,8 @@ class Forward:
         arrays: what it is called with.
         fixed: which of them are there all the time, and never leave.
         weights: which of them are parameters.
-        wanted: asked once of the type of each value that is kept, whether it goes to the host.
+        wanted: asked of the type of each value that may leave, whether it goes to the host.
+        ahead: how many layers before its own a value comes back; so many of the last layers keep theirs on the device.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Forward:
         fixed: Sequence[bool],
         weights: Sequence[bool],
         wanted: Callable[[Any], bool],
+        ahead: int,
     ):
         known: dict[str, Any] = {}
 
@@ -80,25 +84,35 @@ class Forward:
         own = pick(fixed)
         self.treedef, self.consts = known["treedef"], flat.consts
         self.kept = keep(jaxpr, stages(jaxpr, cuts), leaves, own)
-        self.moved = {v for v in self.kept.variables if v not in own and wanted(v.aval)}
         self.outs = outs
         self.jaxpr = jaxpr.replace(outvars=[*outs, *self.kept.variables])
-        self.stages = stages(self.jaxpr, cuts if self.moved else [])
+        self.stages = stages(self.jaxpr, cuts)
+        self.groups = self._groups({v for v in self.kept.variables if v not in own})
+        leaving = self.groups[: _leaving(len(self.stages), ahead)]
+        self.moved = {v for group in leaving for v in group if wanted(v.aval)}
+        if not self.moved:
+            self.stages = stages(self.jaxpr, [])
 
     def way_back(self) -> WayBack:
-        return WayBack(treedef=self.treedef, kept=self.kept, groups=self._groups())
+        number = {v: i for i, v in enumerate(self.kept.variables)}
+        return WayBack(
+            treedef=self.treedef,
+            kept=self.kept,
+            groups=[[number[v] for v in group] for group in self.groups],
+            moved=[v in self.moved for v in self.kept.variables],
+        )
 
-    def _groups(self) -> list[list[int]]:
+    def _groups(self, values: set[Any]) -> list[list[Any]]:
         """What flows from one stage to the next is needed by the next one's backward, what stays inside by its own."""
         of: dict[Any, int] = {}
         for k, stage in enumerate(self.stages):
             of |= dict.fromkeys(stage.made, k)
         for k, stage in reversed(list(enumerate(self.stages))):
             of |= dict.fromkeys(stage.ins, k)
-        groups: list[list[int]] = [[] for _ in self.stages]
-        for i, v in enumerate(self.kept.variables):
-            if v in self.moved:
-                groups[of.get(v, 0)].append(i)
+        groups: list[list[Any]] = [[] for _ in self.stages]
+        for v in self.kept.variables:
+            if v in values:
+                groups[of.get(v, 0)].append(v)
         return groups
 
     def __call__(self, args: Sequence[Any], to_host: Callable[[Any], Any]) -> tuple[list[Any], list[Any]]:
@@ -119,12 +133,21 @@ class Forward:
         return [read(v) for v in self.outs], [host[v] if v in self.moved else env[v] for v in self.kept.variables]
 
 
+def _leaving(n_stages: int, ahead: int) -> int:
+    """From how many stages, of which the last is the head, values leave.
+
+    What the head keeps is wanted at once, and what the last layers keep would come back as the head's backward begins:
+    to move it frees nothing. Of fewer than four layers everything leaves.
+    """
+    layers = n_stages - 1
+    return layers - min(ahead, layers // 4) if layers >= 4 else n_stages
+
+
 def backward(
     way: WayBack, kept: Sequence[Any], cotangents: Sequence[Any], to_device: Callable[[Any], Any], ahead: int
 ) -> tuple[Any, ...]:
     """The gradients of all arrays that the forward program took."""
-    away = {i for group in way.groups for i in group}
-    at_home = [jax.eval_shape(to_device, x) if i in away else x for i, x in enumerate(kept)]
+    at_home = [jax.eval_shape(to_device, x) if m else x for x, m in zip(kept, way.moved, strict=True)]
     moving = [c for c in cotangents if c.dtype != jax.dtypes.float0]
     known: dict[str, Any] = {}
 
@@ -138,8 +161,9 @@ def backward(
     flat = flatten(jax.make_jaxpr(program)(at_home, moving))
     n = len(flat.jaxpr.invars) - len(moving)
     jaxpr = latest(flat.jaxpr, flat.jaxpr.invars[n:])
-    groups = [[i + len(flat.consts) for i in group] for group in way.groups]
-    grads = iter(Backward(jaxpr, groups, ahead)([*flat.consts, *kept, *moving], to_device))
+    groups = [[jaxpr.invars[i + len(flat.consts)] for i in group] for group in way.groups]
+    waiting = {v for v, m in zip(jaxpr.invars[len(flat.consts) :], way.moved, strict=False) if m}
+    grads = iter(Backward(jaxpr, groups, waiting, ahead)([*flat.consts, *kept, *moving], to_device))
     return tuple(next(grads) if g is None else g for g in known["grads"])
 
 
@@ -148,16 +172,14 @@ class Backward:
 
     Args:
         jaxpr: the program.
-        groups: for each layer, first layer first, which inputs wait on the host.
+        groups: for each stage of the forward program, first stage first, which inputs its own backward begins with.
+        waiting: the inputs that wait on the host.
         ahead: how many stages before its own a copy back runs; with 0 at the beginning of its own.
     """
 
-    def __init__(self, jaxpr: Any, groups: Sequence[Sequence[int]], ahead: int):
-        self.jaxpr, self.ahead = jaxpr, ahead
-        invars = jaxpr.invars
-        waiting = [[invars[i] for i in group] for group in groups]
-        self.waiting = {v for group in waiting for v in group}
-        self.stages = stages(jaxpr, use_cuts(jaxpr, waiting))
+    def __init__(self, jaxpr: Any, groups: Sequence[Sequence[Any]], waiting: set[Any], ahead: int):
+        self.jaxpr, self.ahead, self.waiting = jaxpr, ahead, waiting
+        self.stages = stages(jaxpr, use_cuts(jaxpr, groups) if waiting else [])
         seen: set[Any] = set()
         self.needs: list[list[Any]] = []
         for stage in self.stages:
