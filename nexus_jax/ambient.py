@@ -9,6 +9,7 @@ import jax
 
 # None, or (offloader, whether a call that it covers is already being traced).
 _OFFLOADER = jax.make_user_context(None)
+_SILENCED = jax.make_user_context(False)
 
 
 def current() -> Any:
@@ -31,3 +32,12 @@ def covered() -> contextlib.AbstractContextManager:
     """Mark that what is traced now is inside a call that the offloader already covers."""
     offloader, _ = _OFFLOADER.value or (None, False)
     return _OFFLOADER((offloader, True))
+
+
+def silenced() -> contextlib.AbstractContextManager:
+    """Run wrapped models and contexts as if nothing were offloaded."""
+    return _SILENCED(True)
+
+
+def is_silenced() -> bool:
+    return _SILENCED.value

@@ -11,7 +11,7 @@ import pytest
 from checks import assert_close
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from models import GPT, NNXGPT, linen_loss, loss_of
+from models import GPT, NNXGPT, ScannedGPT, linen_loss, loss_of
 
 import nexus_jax as nj
 from nexus_jax import _compat
@@ -231,3 +231,65 @@ def test_each_layer_that_comes_back_earlier_takes_its_bytes(compiled):
     steps = [b[0] - a[0] for a, b in itertools.pairwise(ours)]
     most = [1, 1.6 if target == "v5e" else 1, 1]  # on a TPU, the layout of the memory takes some at one place
     assert all(0.999 * layer <= step <= 1.001 * m * layer for step, m in zip(steps, most, strict=True))
+
+
+# --- scans over layers ---------------------------------------------------------------------------------------------
+
+
+def scanned(params, x, remat=False, unroll=1):
+    step = jax.checkpoint(block) if remat else block
+    out, _ = jax.lax.scan(lambda x, p: (step(x, p), None), x, params, unroll=unroll)
+    return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+
+def stack(trees):
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
+@pytest.mark.parametrize("unroll", [1, 2])
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("layers", [2, 6])
+def test_what_a_step_of_a_scan_keeps_leaves_inside_the_step(layers, remat, unroll):
+    loss = functools.partial(scanned, remat=remat, unroll=unroll)
+    params = stack(weights(layers))
+    ours = jax.jit(jax.grad(offloader().wrap(loss), (0, 1)))
+    assert_close(jax.jit(jax.grad(loss, (0, 1)))(params, X), ours(params, X), 1e-5)
+    moves = [
+        e.params["jaxpr"].jaxpr
+        for e in jax.make_jaxpr(jax.grad(offloader().wrap(loss)))(params, X).jaxpr.eqns
+        if e.primitive.name == "scan"
+    ]
+    spaces = [
+        [v.aval.memory_space for e in b.eqns if e.primitive.name == "device_put" for v in e.outvars] for b in moves
+    ]
+    n = 1 if remat else 3
+    assert spaces == [[jax.memory.Space.Host] * n, [jax.memory.Space.Device] * n]
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_scanned_model_and_what_is_around_it(ahead):
+    model = ScannedGPT(layers=5)
+    params = model.init(jax.random.key(0), TOKENS)
+    wrapped = offloader(ahead).wrap(model)
+    plain, ours = (jax.jit(jax.grad(linen_loss(m, TOKENS)))(params) for m in (model, wrapped))
+    assert_close(plain, ours, 1e-5)
+    found = nj.residuals(linen_loss(wrapped, TOKENS), params)
+    assert all(r.shape[0] == 5 for r in found if r.place == "host")
+
+
+@pytest.mark.parametrize("target", ["v5e", "h200"])
+def test_a_scan_takes_less_than_recomputing_everything(target):
+    if not _compat.has_compiler("tpu" if target == "v5e" else "gpu"):
+        pytest.skip(f"no compiler for {target}")
+    rows, d = 2**17, 512
+    params = jax.eval_shape(lambda: stack(weights(6, d, jnp.bfloat16)))
+    x = jax.ShapeDtypeStruct((rows, d), jnp.bfloat16)
+    moved = nj.ActivationOffloader(offload_threshold_mb=1.0)
+    losses = (
+        functools.partial(scanned, remat=True),
+        moved.wrap(scanned),
+        moved.wrap(functools.partial(scanned, remat=True)),
+    )
+    full, ours, both = (compiled_bytes(nj.measure(f, params, x, target=target)) for f in losses)
+    assert ours[0] < full[0] and ours[1] >= 6 * 5 * rows * d * 2
+    assert both[0] < full[0] - 4 * rows * d * 2 and both[1] >= 6 * rows * d * 2

@@ -24,9 +24,11 @@ from jax.extend import core as jex
 
 from nexus_jax.flat import flatten
 from nexus_jax.offloading.keep import Kept, keep, latest
-from nexus_jax.offloading.stages import Stage, layer_cuts, stages, use_cuts
+from nexus_jax.offloading.loops import cuts_around, loops_that_keep, loops_that_take
+from nexus_jax.offloading.stages import Stage, layer_cuts, stages, use_cuts, variables
 
 HOST = jax.memory.Space.Host
+FEW = 4  # of fewer layers everything leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,8 +92,13 @@ class Forward:
         self.groups = self._groups({v for v in self.kept.variables if v not in own})
         leaving = self.groups[: _leaving(len(self.stages), ahead)]
         self.moved = {v for group in leaving for v in group if wanted(v.aval)}
-        if not self.moved:
-            self.stages = stages(self.jaxpr, [])
+        self.loops = loops_that_keep(self.jaxpr, self.moved)
+        if self.loops or not self.moved:
+            self.stages = stages(self.jaxpr, cuts_around(self.loops, len(jaxpr.eqns)))
+        if max((loop.steps for loop in self.loops.values()), default=0) >= FEW:
+            last = max(self.loops)  # what it carries out, and what comes after it, is the head's
+            made = {v for eqn in jaxpr.eqns[last:] for v in eqn.outvars}
+            self.moved -= made - set(self.loops[last].stacked())
 
     def way_back(self) -> WayBack:
         number = {v: i for i, v in enumerate(self.kept.variables)}
@@ -118,6 +125,29 @@ class Forward:
     def __call__(self, args: Sequence[Any], to_host: Callable[[Any], Any]) -> tuple[list[Any], list[Any]]:
         """The program's results, and what is kept."""
         env = dict(zip(self.jaxpr.invars, [*self.consts, *args], strict=True))
+        host = self._run_loops(env, to_host) if self.loops else self._run_layers(env, to_host)
+        host.update((v, to_host(env[v])) for v in self.kept.variables if v in self.moved and v not in host)
+        return [_read(env, v) for v in self.outs], [host[v] if v in self.moved else env[v] for v in self.kept.variables]
+
+    def _run_loops(self, env: dict[Any, Any], to_host: Callable[[Any], Any]) -> dict[Any, Any]:
+        """Scans whose steps send what they keep away; returns what is on the host."""
+        loops = {loop.eqn.outvars[0]: loop for loop in self.loops.values()}
+        used = {v for eqn in self.jaxpr.eqns for v in eqn.invars if not isinstance(v, jex.Literal)}
+        host: dict[Any, Any] = {}
+        for stage in self.stages:
+            loop = loops.get(stage.program.eqns[0].outvars[0]) if len(stage.program.eqns) == 1 else None
+            if loop is None:
+                _run_plainly(stage, env)
+                continue
+            leaving = {v for v in loop.stacked() if v in self.moved and v not in used}
+            values = [_read(env, v) for v in loop.eqn.invars]
+            made = dict(zip(loop.eqn.outvars, loop(values, leaving=leaving, to_host=to_host), strict=True))
+            env.update(made)
+            host.update((v, made[v]) for v in leaving)
+        return host
+
+    def _run_layers(self, env: dict[Any, Any], to_host: Callable[[Any], Any]) -> dict[Any, Any]:
+        """Stages, each beside what the one before it made; returns what is on the host."""
         leaving = [v for v in self.moved if v in env]
         host: dict[Any, Any] = {}
         *layers, head = self.stages
@@ -128,9 +158,7 @@ class Forward:
             host.update(_run(stage, env, leaving, to_host, late=last))
             leaving = [] if last else made
         _run_plainly(head, env)
-        host.update((v, to_host(env[v])) for v in self.kept.variables if v in self.moved and v not in host)
-        read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
-        return [read(v) for v in self.outs], [host[v] if v in self.moved else env[v] for v in self.kept.variables]
+        return host
 
 
 def _leaving(n_stages: int, ahead: int) -> int:
@@ -140,7 +168,7 @@ def _leaving(n_stages: int, ahead: int) -> int:
     to move it frees nothing. Of fewer than four layers everything leaves.
     """
     layers = n_stages - 1
-    return layers - min(ahead, layers // 4) if layers >= 4 else n_stages
+    return layers - min(ahead, layers // FEW) if layers >= FEW else n_stages
 
 
 def backward(
@@ -179,7 +207,9 @@ class Backward:
 
     def __init__(self, jaxpr: Any, groups: Sequence[Sequence[Any]], waiting: set[Any], ahead: int):
         self.jaxpr, self.ahead, self.waiting = jaxpr, ahead, waiting
-        self.stages = stages(jaxpr, use_cuts(jaxpr, groups) if waiting else [])
+        self.loops = loops_that_take(jaxpr, waiting)
+        around = cuts_around(self.loops, len(jaxpr.eqns))
+        self.stages = stages(jaxpr, around if self.loops or not waiting else use_cuts(jaxpr, groups))
         seen: set[Any] = set()
         self.needs: list[list[Any]] = []
         for stage in self.stages:
@@ -189,6 +219,37 @@ class Backward:
     def __call__(self, args: Sequence[Any], to_device: Callable[[Any], Any]) -> list[Any]:
         jaxpr = self.jaxpr
         env = dict(zip(jaxpr.invars, args, strict=True))
+        if self.loops:
+            self._run_loops(env, to_device)
+        else:
+            self._run_layers(env, to_device)
+        for v in self.waiting & set(variables(jaxpr.outvars)):  # returned as it is
+            env[v] = to_device(env[v]) if _on_host(env[v]) else env[v]
+        return [_read(env, v) for v in jaxpr.outvars]
+
+    def _run_loops(self, env: dict[Any, Any], to_device: Callable[[Any], Any]) -> None:
+        """Scans whose steps fetch what they need; what waits for other equations comes back before these."""
+        loops = {loop.eqn.outvars[0]: loop for loop in self.loops.values()}
+        uses: dict[Any, int] = {}
+        for stage in self.stages:
+            for v in stage.ins:
+                uses[v] = uses.get(v, 0) + 1
+        away = set(self.waiting)
+        for stage in self.stages:
+            loop = loops.get(stage.program.eqns[0].outvars[0]) if len(stage.program.eqns) == 1 else None
+            taken = [] if loop is None else [v for _, v in loop.taken()]
+            coming = {v for v in variables(taken) if v in away and uses[v] == 1 and taken.count(v) == 1}
+            fetched = [v for v in stage.ins if v in away and v not in coming]
+            env.update((v, to_device(env[v])) for v in fetched)
+            away -= set(fetched)
+            if loop is None:
+                _run_plainly(stage, env)
+                continue
+            values = [_read(env, v) for v in loop.eqn.invars]
+            env.update(zip(loop.eqn.outvars, loop(values, coming=coming, to_device=to_device), strict=True))
+
+    def _run_layers(self, env: dict[Any, Any], to_device: Callable[[Any], Any]) -> None:
+        """Stages, each beside the copies that come back for the stages after it."""
         start, done = 0, []
         if len(self.stages) > 1:
             # What follows the last layer is left open: its cotangents are the largest values of many models, and are
@@ -204,9 +265,6 @@ class Backward:
             own = self.needs[i] if fetched <= i else []
             fetched = max(fetched, i + self.ahead + 1)
             env.update(_run(stage, env, coming, to_device, early=own, through=done if i == start else []))
-        for v in self.waiting & set(jaxpr.outvars):  # returned as it is
-            env[v] = to_device(env[v]) if _on_host(env[v]) else env[v]
-        return [v.val if isinstance(v, jex.Literal) else env[v] for v in jaxpr.outvars]
 
 
 def _run(
@@ -238,6 +296,10 @@ def _run(
     outs, passed, copies, own = fenced(body, *values)
     env.update(zip([*stage.outs, *through], [*outs, *passed], strict=True))
     return dict(zip([*beside, *(v for v in stage.outs if v in late)], [*copies, *own], strict=True))
+
+
+def _read(env: dict[Any, Any], v: Any) -> Any:
+    return v.val if isinstance(v, jex.Literal) else env[v]
 
 
 def _run_plainly(stage: Stage, env: dict[Any, Any]) -> None:

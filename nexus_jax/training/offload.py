@@ -19,6 +19,7 @@ from jax.sharding import SingleDeviceSharding
 from nexus_jax import adapters, ambient
 from nexus_jax.boundary import is_floating, offloaded
 from nexus_jax.policy.rules import MB, nbytes
+from nexus_jax.training.verify import Verification, verify
 
 
 class OffloadWarning(UserWarning):
@@ -100,6 +101,8 @@ class ActivationOffloader:
 
     def run(self, fun: Callable[..., Any], weights: Any, rest: Any, inputs: bool = False) -> Any:
         """``fun(weights, rest)`` with its residuals on the host; the boundary that adapters open models at."""
+        if ambient.is_silenced():
+            return fun(weights, rest)
         seen = self._seen
 
         def wanted(leaf: Any) -> bool:
@@ -222,6 +225,32 @@ class ActivationOffloader:
                 "on the CPU, host memory is the device's own: programs are as on a GPU or TPU, but nothing moves."
             )
         return True
+
+    def verify(self, step: Callable[..., Any], *args: Any, rtol: float | None = None) -> Verification:
+        """Run a step with and without offloading, and compare every array that it returns.
+
+        Args:
+            step: a loss (its gradients by the first argument are compared too), or a whole training step that returns
+                what it computes. It runs twice, on copies of ``args``: what it donates or changes is not lost.
+            rtol: what may differ, of an array's largest value; by default the square root of its precision.
+
+        Raises:
+            OffloadMismatch: names the first array that differs.
+
+        Warns:
+            OffloadWarning: nothing was offloaded, so that nothing was compared with anything.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> offloader = ActivationOffloader(offload_threshold_mb=0.0)
+            >>> loss = offloader.wrap(lambda w, x: jnp.sum(jnp.sin(x @ w)))
+            >>> len(offloader.verify(loss, jnp.eye(4), jnp.ones((8, 4))).leaves)
+            2
+        """
+        found = verify(step, args, self.in_force, rtol)
+        if self.enabled and not self._seen.offloaded:
+            warnings.warn(self._nothing(self._seen), OffloadWarning, stacklevel=2)
+        return found
 
     # --- by hand --------------------------------------------------------------------------------------------------
 
