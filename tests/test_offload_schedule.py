@@ -1,5 +1,6 @@
 """Offloading in step with the layers: where stages begin, which copies run beside which, and that memory is freed."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -15,7 +16,10 @@ from models import GPT, NNXGPT, ScannedGPT, linen_loss, loss_of
 
 import nexus_jax as nj
 from nexus_jax import _compat
+from nexus_jax.measure import measurement
 from nexus_jax.offloading import stages
+from nexus_jax.program import step_of
+from nexus_jax.targets.compiler import compile_all, find_target
 
 pytestmark = pytest.mark.filterwarnings("ignore::nexus_jax.OffloadWarning")
 LAYERS = 5
@@ -200,6 +204,13 @@ def compiled_bytes(found):
     return sizes["device"], sizes["host"]
 
 
+def compile_once(loss, *args, target):
+    """As ``nj.measure``, with the compiler's texts from the same compile."""
+    where, program = find_target(target), step_of(loss, args, 0, False)
+    [answer] = compile_all([dataclasses.replace(program.job(where, "the step", {}), texts=True)])
+    return measurement(program, where, answer)
+
+
 @pytest.fixture(scope="module", params=["v5e", "h200"])
 def compiled(request):
     """Bytes of six layers of 640 MiB of residuals each: nothing moved, and moved with 0 to 3 layers ahead."""
@@ -212,13 +223,14 @@ def compiled(request):
     wrapped = [nj.ActivationOffloader(offload_threshold_mb=1.0, prefetch_ahead=n).wrap(mlp) for n in range(4)]
     full = lambda params, x: functools.reduce(jax.checkpoint(block), params, x)
     head = lambda f: lambda params, x: jnp.sum(jnp.sin(f(params, x).astype(jnp.float32)))
-    found = [compiled_bytes(nj.measure(f, params, x, target=target)) for f in (mlp, head(full), *wrapped)]
-    return target, 5 * rows * d * 2, found
+    found = [compile_once(f, params, x, target=target) for f in (mlp, head(full), *wrapped)]
+    hlo = [m.texts("hlo") for m in found[2:]]
+    return target, 5 * rows * d * 2, [compiled_bytes(m) for m in found], hlo
 
 
 def test_memory_is_freed_by_the_compilers_with_default_flags(compiled):
     """The same step keeping and offloading everything, none of it recomputed; no device is needed."""
-    _, layer, (plain, full, none_ahead, one_ahead, *_) = compiled
+    _, layer, (plain, full, none_ahead, one_ahead, *_), _ = compiled
     assert plain[0] > 5.9 * layer and plain[1] == 0
     assert none_ahead[0] < 1.25 * full[0] and none_ahead[0] < 0.45 * plain[0]
     assert (
@@ -227,10 +239,43 @@ def test_memory_is_freed_by_the_compilers_with_default_flags(compiled):
 
 
 def test_each_layer_that_comes_back_earlier_takes_its_bytes(compiled):
-    target, layer, (_, _, *ours) = compiled
+    target, layer, (_, _, *ours), _ = compiled
     steps = [b[0] - a[0] for a, b in itertools.pairwise(ours)]
     most = [1, 1.6 if target == "v5e" else 1, 1]  # on a TPU, the layout of the memory takes some at one place
     assert all(0.999 * layer <= step <= 1.001 * m * layer for step, m in zip(steps, most, strict=True))
+
+
+def schedules(hlo):
+    """For each computation that fetches, in the order of the schedule: where fetches start and end, and matmuls."""
+    found = []
+    for computation in re.split(r"\n(?=\S)", hlo):
+        events, started = [], set()
+        for line in computation.splitlines():
+            if fetch := re.match(r"\s*%(\S+) = \((?!\S*S\(5\)).* copy-start\(", line):
+                if "S(5)" in line:
+                    started.add(fetch[1])
+                    events.append("start")
+            elif done := re.search(r" copy-done\(%([^),]+)", line):
+                events += ["done"] if done[1] in started else []
+            elif re.search(r" (fusion|dot|convolution|custom-call)\(", line) and re.search(
+                "gemm|convolution|dot", line
+            ):
+                events.append("matmul")
+        found += [events] if "start" in events and "matmul" in events else []
+    return found
+
+
+def test_the_compiled_schedule_computes_a_layer_while_the_next_ones_residuals_come_back(compiled):
+    _, _, _, (none_ahead, one_ahead, *_) = compiled
+    layers = schedules(one_ahead)
+    assert len(layers) == 5
+    for events in layers:
+        whole = events.count("matmul")
+        assert whole >= 4 and events[0] == "start" and events[-1] == "done"
+        last = len(events) - 1 - events[::-1].index("start")
+        assert "matmul" not in events[:last] and events[last:].count("matmul") == whole
+    for events in schedules(none_ahead):  # nothing is there before its own layer: it waits
+        assert events[0] == "start" and events.index("done") < len(events) - events[::-1].index("matmul") - 1
 
 
 # --- scans over layers ---------------------------------------------------------------------------------------------
@@ -290,6 +335,6 @@ def test_a_scan_takes_less_than_recomputing_everything(target):
         moved.wrap(scanned),
         moved.wrap(functools.partial(scanned, remat=True)),
     )
-    full, ours, both = (compiled_bytes(nj.measure(f, params, x, target=target)) for f in losses)
+    full, ours, both = (compiled_bytes(compile_once(f, params, x, target=target)) for f in losses)
     assert ours[0] < full[0] and ours[1] >= 6 * 5 * rows * d * 2
     assert both[0] < full[0] - 4 * rows * d * 2 and both[1] >= 6 * rows * d * 2
