@@ -23,6 +23,7 @@ from jax.custom_batching import custom_vmap
 from jax.extend import core as jex
 
 from nexus_jax.flat import flatten
+from nexus_jax.offloading.hazards import check_loops
 from nexus_jax.offloading.keep import Kept, keep, latest
 from nexus_jax.offloading.loops import cuts_around, loops_that_keep, loops_that_take
 from nexus_jax.offloading.stages import Stage, layer_cuts, stages, use_cuts, variables
@@ -131,6 +132,7 @@ class Forward:
 
     def _run_loops(self, env: dict[Any, Any], to_host: Callable[[Any], Any]) -> dict[Any, Any]:
         """Scans whose steps send what they keep away; returns what is on the host."""
+        check_loops()
         loops = {loop.eqn.outvars[0]: loop for loop in self.loops.values()}
         used = {v for eqn in self.jaxpr.eqns for v in eqn.invars if not isinstance(v, jex.Literal)}
         host: dict[Any, Any] = {}
