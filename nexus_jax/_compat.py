@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,10 @@ import numpy as np
 from flax import nnx
 from flax.nnx import extract, graphlib
 from flax.nnx.transforms import general
-from jax._src import source_info_util  # private: no public way from an equation to its line and scope
+from jax._src import (
+    api,  # private: `jax.grad` calls `vjp` by its name in here
+    source_info_util,  # private: no public way from an equation to its line and scope
+)
 from jax._src.interpreters import partial_eval
 from jax.extend import core as jex
 from jax.extend.core import primitives
@@ -92,6 +96,35 @@ def names_in_policy(policy: Any, offloaded: bool = False) -> frozenset[str] | No
         elif isinstance(value, set | frozenset) and (not offloaded or "offload" in key):
             names |= value
     return frozenset(names)
+
+
+@contextlib.contextmanager
+def vjp_through(around: Callable[..., Any]) -> Iterator[None]:
+    """While this is open, ``jax.vjp(...)`` is ``around(vjp, ...)``, also where ``jax.grad`` and its kin call it.
+
+    It is so in every thread: ``around`` must do nothing where nothing is asked for.
+    """
+    with _HOOKS_LOCK:
+        _HOOKS.append(around)
+        if len(_HOOKS) == 1:
+            jax.vjp = api.vjp = functools.wraps(_VJP)(_hooked_vjp)
+    try:
+        yield
+    finally:
+        with _HOOKS_LOCK:
+            _HOOKS.remove(around)
+            if not _HOOKS:
+                jax.vjp = api.vjp = _VJP
+
+
+_VJP = api.vjp
+_HOOKS: list[Callable[..., Any]] = []
+_HOOKS_LOCK = threading.Lock()
+
+
+def _hooked_vjp(*args: Any, **kwargs: Any) -> Any:
+    hooks = _HOOKS[-1:]  # all of them are one function: it may be gone when another thread has left
+    return hooks[0](_VJP, *args, **kwargs) if hooks else _VJP(*args, **kwargs)
 
 
 def jit_options(fn: Any) -> dict[str, str]:

@@ -159,3 +159,22 @@ def test_a_traced_program_under_remat3():
     finally:
         jax.config.update("jax_remat3", False)
     assert jnp.allclose(value, jnp.cos(jnp.sin(1.0)) * jnp.cos(1.0))
+
+
+def test_gradients_call_vjp_by_its_name():
+    """What `offload_context` hooks: gone from here, it would offload nothing."""
+    calls = []
+
+    def around(vjp, fun, *args, **kwargs):
+        calls.append(fun)
+        return vjp(fun, *args, **kwargs)
+
+    plain = jax.vjp
+    with _compat.vjp_through(around), _compat.vjp_through(around):
+        for transform in (jax.grad, jax.value_and_grad, jax.jacrev, nnx.grad, nnx.value_and_grad):
+            transform(jnp.sin)(1.0)
+        jax.vjp(jnp.sin, 1.0)
+    assert len(calls) == 6
+    assert jax.vjp is plain
+    jax.grad(jnp.sin)(1.0)
+    assert len(calls) == 6

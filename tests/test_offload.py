@@ -1,5 +1,6 @@
 """The offloader: residuals in host memory, values unchanged, and never in silence."""
 
+import contextlib
 import threading
 import warnings
 
@@ -20,6 +21,7 @@ from nexus_jax.training import offload
 
 TOKENS = jnp.arange(32).reshape(2, 16) % 64
 KB = 1 / 1024
+W = jnp.linspace(-1, 1, 20).reshape(4, 5)
 pytestmark = pytest.mark.filterwarnings("ignore:on the CPU:nexus_jax.OffloadWarning")
 
 
@@ -188,13 +190,77 @@ def test_context_reaches_a_transformed_nnx_model():
         nnx.grad(loss)(ours)
 
 
-def test_plain_nnx_in_a_context_is_told_what_to_write():
+def test_context_reaches_a_plain_nnx_model():
     model = NNXGPT(layers=2, rngs=nnx.Rngs(0))
-    with (
-        pytest.warns(nj.OffloadWarning, match=r"model = offloader\.wrap\(model\)"),
-        nj.ActivationOffloader(offload_threshold_mb=1.5 * KB).offload_context(),
-    ):
-        nnx.grad(lambda m: loss_of(m(TOKENS), TOKENS))(model)
+    loss = lambda m: loss_of(m(TOKENS), TOKENS)
+    step = lambda m: nnx.value_and_grad(loss)(m)
+    plain = unfused(step, model)
+    offloader = nj.ActivationOffloader(offload_threshold_mb=2 * KB)
+    wrapped = nj.residuals(offloader.wrap(loss), model)
+    with offloader.offload_context():
+        inside = nj.residuals(loss, model)
+        ours = unfused(step, model)
+        assert "<host>" in str(jax.make_jaxpr(lambda s: step(nnx.merge(nnx.graphdef(model), s)))(nnx.state(model)))
+    assert inside.host_bytes == wrapped.host_bytes > 0
+    assert_close(jax.tree.leaves(plain), jax.tree.leaves(ours), 1e-5)
+    assert host_bytes(loss, model) == 0
+
+
+@pytest.mark.parametrize("mode", ["graph", "tree"])
+def test_context_leaves_a_plain_nnx_models_state_as_it_is(mode):
+    class Noisy(nnx.Module):
+        def __init__(self, rngs):
+            self.dense, self.norm = nnx.Linear(8, 16, use_bias=False, rngs=rngs), nnx.BatchNorm(16, rngs=rngs)
+            # in tree mode nnx.grad itself refuses a model that holds keys
+            self.dropout = nnx.Dropout(0.5, rngs=rngs) if mode == "graph" else jnp.sin
+
+        def __call__(self, x):
+            return self.dropout(jnp.sin(self.norm(self.dense(x))))
+
+    x, weigh = (jnp.sin(7.0 * jnp.arange(8 * n)).reshape(8, n) for n in (8, 16))
+
+    def run(context):
+        model = Noisy(nnx.Rngs(0))
+        loss = lambda m, x: (jnp.sum(m(x) * weigh), m.norm.mean.get_value())
+        with context, nnx.set_graph_mode(mode == "graph"), nnx.set_graph_updates(mode == "graph"):
+            out, grads = nnx.value_and_grad(loss, has_aux=True)(model, x)
+        return [*jax.tree.leaves((out, grads)), *(raw(x) for x in jax.tree.leaves(nnx.state(model)))]
+
+    raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    offloader = nj.ActivationOffloader(offload_threshold_mb=0.0)
+    plain, ours = run(contextlib.nullcontext()), run(offloader.offload_context())
+    assert_close(plain, ours, 1e-5)
+    assert offloader._seen.offloaded > 0
+
+
+@pytest.mark.parametrize(
+    "transform", [jax.grad, jax.value_and_grad, jax.jacrev, lambda f: lambda w: jax.vjp(f, w)[1](1.0)]
+)
+def test_context_reaches_plain_functions(transform):
+    x = jnp.linspace(0, 1, 12).reshape(3, 4)
+    call = lambda w: transform(lambda w: jnp.sum(jnp.sin(x @ w)))(w)
+    plain = call(W)
+    with nj.ActivationOffloader(offload_threshold_mb=0.0).offload_context():
+        assert "<host>" in str(jax.make_jaxpr(call)(W))
+        ours = call(W)
+    assert "<host>" not in str(jax.make_jaxpr(call)(W))
+    chex.assert_trees_all_close(plain, ours, rtol=1e-6)
+
+
+def test_hessians_in_a_context():
+    f = lambda w: jnp.sum(jnp.sin(jnp.ones((3, 4)) @ w) ** 3)
+    expected = jax.hessian(f)(W), jax.grad(lambda w: jnp.sum(jax.grad(f)(w) ** 2))(W)
+    with nj.ActivationOffloader(offload_threshold_mb=0.0).offload_context():
+        chex.assert_trees_all_close(expected, (jax.hessian(f)(W), jax.grad(lambda w: jnp.sum(jax.grad(f)(w) ** 2))(W)))
+
+
+def test_context_opened_inside_the_loss_of_a_plain_nnx_model_says_what_to_write():
+    def loss(m):
+        with nj.ActivationOffloader(offload_threshold_mb=1.5 * KB).offload_context():
+            return loss_of(m(TOKENS), TOKENS)
+
+    with pytest.warns(nj.OffloadWarning, match=r"inside the loss, write model = offloader\.wrap\(model\)"):
+        nnx.grad(loss)(NNXGPT(layers=2, rngs=nnx.Rngs(0)))
 
 
 def test_threshold_that_no_residual_reaches_names_the_largest(gpt):

@@ -178,6 +178,7 @@ def backward(
 ) -> tuple[Any, ...]:
     """The gradients of all arrays that the forward program took."""
     at_home = [jax.eval_shape(to_device, x) if m else x for x, m in zip(kept, way.moved, strict=True)]
+    cotangents = [c if hasattr(c, "dtype") else jnp.asarray(c) for c in cotangents]
     moving = [c for c in cotangents if c.dtype != jax.dtypes.float0]
     known: dict[str, Any] = {}
 

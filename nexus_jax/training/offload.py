@@ -16,7 +16,7 @@ import jax
 import jax.core
 from jax.sharding import SingleDeviceSharding
 
-from nexus_jax import adapters, ambient
+from nexus_jax import _compat, adapters, ambient
 from nexus_jax.boundary import is_floating, offloaded
 from nexus_jax.policy.rules import MB, nbytes
 from nexus_jax.training.verify import Verification, verify
@@ -144,10 +144,12 @@ class ActivationOffloader:
     def offload_context(self) -> Iterator[ActivationOffloader]:
         """Offload the residuals of what is traced inside.
 
-        It reaches every linen model, and every nnx model or function that came from :meth:`wrap`,
-        ``apply_selective_checkpointing`` or ``SelectiveCheckpoint``: nnx modules are plain Python objects whose calls
-        nobody can see from outside. It is part of the key of jit's caches, so a warm cache neither hides it nor
-        leaks it. The innermost context is the one in force; a disabled one turns an outer one off.
+        Around ``jax.grad``, ``jax.value_and_grad``, ``jax.vjp`` or their nnx twins it reaches whatever they
+        differentiate. Opened inside a function that is being differentiated, it reaches every linen model, and every
+        nnx model or function that came from :meth:`wrap`, ``apply_selective_checkpointing`` or
+        ``SelectiveCheckpoint``: the calls of other nnx modules nobody can see from outside. It is part of the key of
+        jit's caches, so a warm cache neither hides it nor leaks it. The innermost context is the one in force; a
+        disabled one turns an outer one off.
 
         Raises:
             ValueError: the device has host memory, but not of the kind asked for.
@@ -168,7 +170,7 @@ class ActivationOffloader:
         Yields whether there is a host memory to offload to.
         """
         active = self.enabled and self._host_memory()
-        with ambient.using(self if active else None), adapters.linen.offloading():
+        with ambient.using(self if active else None), adapters.linen.offloading(), _compat.vjp_through(_offloaded_vjp):
             yield active
 
     def _nothing(self, seen: _Seen) -> str:
@@ -178,9 +180,8 @@ class ActivationOffloader:
                 f"offload_threshold_mb={self.offload_threshold_mb:g}; write a smaller one."
             )
         return (
-            "nothing was offloaded in this context: no gradient of a linen model, or of a model or function from "
-            "offloader.wrap(...), was traced in it. For an nnx model or a plain function write "
-            "model = offloader.wrap(model)."
+            "nothing was offloaded in this context: no gradient was traced in it. Open it around jax.grad(...) or "
+            "nnx.grad(...); where it is inside the loss, write model = offloader.wrap(model)."
         )
 
     def wrap(self, model_or_function: Any) -> Any:
@@ -283,6 +284,20 @@ class ActivationOffloader:
         elif isinstance(device, jax.Device):
             device = SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
         return jax.device_put(x, device)
+
+
+def _offloaded_vjp(vjp: Callable[..., Any], fun: Callable[..., Any], *primals: Any, **kwargs: Any) -> Any:
+    """``jax.vjp(fun, *primals)`` under the offloader that is in force."""
+    offloader = ambient.current()
+    if offloader is None or not callable(fun):
+        return vjp(fun, *primals, **kwargs)
+
+    @functools.wraps(fun, updated=())
+    def moved(*primals):
+        with ambient.covered():
+            return offloader.run(lambda weights, _: fun(*weights), primals, ())
+
+    return vjp(moved, *primals, **kwargs)
 
 
 def _memory_kinds(device: Any) -> list[str]:
