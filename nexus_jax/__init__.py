@@ -11,6 +11,7 @@ from nexus_jax.engaged import engaged as engaged
 from nexus_jax.fit import fit as fit
 from nexus_jax.measure import Measurement as Measurement
 from nexus_jax.measure import measure as measure
+from nexus_jax.offloading.hazards import OffloadHazard as OffloadHazard
 from nexus_jax.peak import predict_peak as predict_peak
 from nexus_jax.planner import Infeasible as Infeasible
 from nexus_jax.planner import Plan as Plan
@@ -35,5 +36,6 @@ from nexus_jax.training import estimate_checkpointing_memory_savings as estimate
 from nexus_jax.training import estimate_offloading_memory_savings as estimate_offloading_memory_savings
 from nexus_jax.training.offload import OffloadWarning as OffloadWarning
 from nexus_jax.training.selective import policy_of as policy_of
+from nexus_jax.training.verify import OffloadMismatch as OffloadMismatch
 
 __version__ = "0.1.0"

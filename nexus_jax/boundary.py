@@ -168,16 +168,21 @@ def checkpointed(policy: Policy) -> Callable[..., Any]:
 
 
 def offloaded(
-    wanted: Callable[[Any], bool], to_host: Callable[[Any], Any], to_device: Callable[[Any], Any], ahead: int = 0
+    wanted: Callable[[Any], bool],
+    to_host: Callable[[Any], Any],
+    to_device: Callable[[Any], Any],
+    ahead: int = 0,
+    traced: Callable[[], None] = lambda: None,
 ) -> Callable[..., Any]:
     """``run(fun, weights, rest)``: ``fun(weights, rest)`` whose residuals wait on the host where ``wanted`` says so.
 
     The residuals are the leaves of ``jax.vjp``: exactly what autodiff keeps after any checkpointing inside
-    ``fun``. The function's own arguments (parameters, data) are never moved, but for those in ``rest`` where
+    ``fun``; but what is cheap to make again is (:mod:`nexus_jax.offloading.keep`). The function's own arguments (parameters, data) are never moved, but for those in ``rest`` where
     ``run(..., inputs=True)`` says that they are activations too; a value kept twice is moved once.
 
     Args:
-        wanted: asked once of the type of each residual.
+        wanted: asked once of the type of each residual that may leave.
+        traced: called when a gradient is traced.
         ahead: how many layers before its own a residual comes back (:mod:`nexus_jax.transfer`).
     """
 
@@ -192,6 +197,7 @@ def offloaded(
             return converted(*arrays)
 
         def forward(*arrays):
+            traced()
             fixed = [not inputs or i < n_own or i >= end for i in range(len(arrays))]
             weight = [i < n_own or i >= end for i in range(len(arrays))]
             staged = transfer.Forward(converted, arrays, fixed=fixed, weights=weight, wanted=wanted, ahead=ahead)

@@ -272,6 +272,18 @@ def test_threshold_that_no_residual_reaches_names_the_largest(gpt):
         jax.grad(linen_loss(model, TOKENS))(params)
 
 
+def test_what_keeps_nothing_but_arguments_says_so():
+    wrapped = nj.ActivationOffloader(offload_threshold_mb=0.0)
+    f = wrapped.wrap(lambda w: jnp.sum(jnp.sin(w)))
+    with (
+        pytest.warns(nj.OffloadWarning, match="nothing floating-point is kept but arguments"),
+        wrapped.offload_context(),
+    ):
+        grads = jax.grad(f)(jnp.eye(4))
+    assert jnp.allclose(grads, jnp.cos(jnp.eye(4)))
+    assert nj.residuals(f, jnp.eye(4)).host_bytes == 0
+
+
 def test_documented_combination_in_a_forward():
     """The documentation's own example: a checkpointed layer called inside the context."""
     layer = NNXGPT(layers=1, rngs=nnx.Rngs(0)).blocks[0]

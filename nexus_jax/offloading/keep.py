@@ -9,6 +9,8 @@ slices make of arguments, of literals, and of what the same layer keeps, is made
 from __future__ import annotations
 
 import dataclasses
+import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
@@ -52,10 +54,10 @@ def keep(jaxpr: Any, stages: Sequence[Stage], leaves: Sequence[Any], fixed: Set[
     needed = dict.fromkeys(variables(leaves))
     while True:
         sweep = _Sweep(stages or [_whole(jaxpr)], needed, fixed)
-        smaller = {v: source for v in sweep.kept if (source := sweep.source(v)) is not v}
-        if not smaller:
+        better = sweep.better()
+        if not better.keys() - needed.keys():
             break
-        needed |= dict.fromkeys(smaller.values())
+        needed |= better
     kept = [*dict.fromkeys([*(v for v in jaxpr.invars if v in fixed), *sweep.kept])]
     remake = _between(jaxpr, kept, dict.fromkeys(variables(leaves)))
     used = {v for eqn in remake.eqns for v in variables(eqn.invars)} | set(variables(remake.outvars))
@@ -102,17 +104,30 @@ class _Sweep:
             if v not in self.missing or v in self.kept:
                 there.add(v)
 
-    def source(self, v: Any) -> Any:
-        """The smallest of the values that ``v`` is made of, one from the other and cheaply; itself where it is.
+    def better(self) -> dict[Any, None]:
+        """Values to keep instead: smaller ones that kept ones are made of, and those that several are made of."""
+        chains = {v: self._chain(v) for v in self.kept}
+        times = Counter(source for chain in chains.values() for source in chain)
+        found = {}
+        for v, chain in chains.items():
+            best = v
+            for source in chain:
+                smaller, equal = (op(nbytes(source.aval), nbytes(best.aval)) for op in (operator.lt, operator.eq))
+                if smaller or (equal and times[source] > 1):
+                    best = source
+            if best is not v:
+                found[best] = None
+        return found
 
-        Of what the stages before made, only what flows into its own is looked at.
+    def _chain(self, v: Any) -> list[Any]:
+        """What a value is made of, each of the one before, cheaply and of nothing else that is not there.
+
+        Of what the stages before made, only what flows into its own.
         """
-        best, stage = v, self.stage.get(v)
+        chain, stage = [], self.stage.get(v)
         while self.stage.get(v) == stage and (before := self.missing.get(v)) is not None:
-            v = before
-            if nbytes(v.aval) < nbytes(best.aval):
-                best = v
-        return best
+            chain.append(v := before)
+        return chain
 
 
 def is_cheap(eqn: Any) -> bool:

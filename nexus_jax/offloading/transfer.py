@@ -84,6 +84,7 @@ class Forward:
         outs, leaves = jaxpr.outvars[: known["n"]], jaxpr.outvars[known["n"] :]
         pick = lambda flags: {v for v, f in zip(jaxpr.invars, [True] * n_consts + [*flags], strict=True) if f}
         cuts = layer_cuts(jaxpr, pick(weights))
+        cuts = cuts if len(cuts) >= FEW else []  # of fewer layers nothing is gained, and waists may be none of layers
         own = pick(fixed)
         self.treedef, self.consts = known["treedef"], flat.consts
         self.kept = keep(jaxpr, stages(jaxpr, cuts), leaves, own)
@@ -167,10 +168,10 @@ def _leaving(n_stages: int, ahead: int) -> int:
     """From how many stages, of which the last is the head, values leave.
 
     What the head keeps is wanted at once, and what the last layers keep would come back as the head's backward begins:
-    to move it frees nothing. Of fewer than four layers everything leaves.
+    to move it frees nothing. What has no layers leaves as a whole.
     """
     layers = n_stages - 1
-    return layers - min(ahead, layers // FEW) if layers >= FEW else n_stages
+    return layers - min(ahead, layers // FEW) if layers else n_stages
 
 
 def backward(

@@ -106,7 +106,6 @@ class ActivationOffloader:
         seen = self._seen
 
         def wanted(leaf: Any) -> bool:
-            seen.traced = True
             if is_floating(leaf):
                 seen.largest = max(seen.largest, nbytes(leaf))
             if not self._should_offload(leaf):
@@ -114,7 +113,12 @@ class ActivationOffloader:
             seen.offloaded += nbytes(leaf)
             return True
 
-        return offloaded(wanted, self._to_host, self._to_device, self.prefetch_ahead)(fun, weights, rest, inputs)
+        def traced() -> None:
+            seen.traced = True
+
+        return offloaded(wanted, self._to_host, self._to_device, self.prefetch_ahead, traced)(
+            fun, weights, rest, inputs
+        )
 
     def _to_host(self, x: Any) -> Any:
         if self.pin_memory:
@@ -174,6 +178,11 @@ class ActivationOffloader:
             yield active
 
     def _nothing(self, seen: _Seen) -> str:
+        if seen.traced and not seen.largest:
+            return (
+                "nothing was offloaded in this context: nothing floating-point is kept but arguments, and what "
+                "elementwise operations make of them again."
+            )
         if seen.traced:
             return (
                 f"nothing was offloaded in this context: the largest residual is {seen.largest / MB:.3g} MB, below "
