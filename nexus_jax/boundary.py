@@ -177,13 +177,14 @@ def offloaded(
     """``run(fun, weights, rest)``: ``fun(weights, rest)`` whose residuals wait on the host where ``wanted`` says so.
 
     The residuals are the leaves of ``jax.vjp``: exactly what autodiff keeps after any checkpointing inside
-    ``fun``; but what is cheap to make again is (:mod:`nexus_jax.offloading.keep`). The function's own arguments (parameters, data) are never moved, but for those in ``rest`` where
-    ``run(..., inputs=True)`` says that they are activations too; a value kept twice is moved once.
+    ``fun``; but what is cheap to make again is made again (:mod:`nexus_jax.offloading.keep`). The function's own
+    arguments (parameters, data) are never moved, but for those in ``rest`` where ``run(..., inputs=True)`` says that
+    they are activations too; a value kept twice is moved once.
 
     Args:
         wanted: asked once of the type of each residual that may leave.
         traced: called when a gradient is traced.
-        ahead: how many layers before its own a residual comes back (:mod:`nexus_jax.transfer`).
+        ahead: how many layers before its own a residual comes back (:mod:`nexus_jax.offloading.transfer`).
     """
 
     def run(fun: Callable[..., Any], weights: Any, rest: Any, inputs: bool = False) -> Any:

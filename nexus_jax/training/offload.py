@@ -123,19 +123,12 @@ class ActivationOffloader:
     def _to_host(self, x: Any) -> Any:
         if self.pin_memory:
             return jax.device_put(x, jax.memory.Space.Host)
-        # The one memory space that a program can name without naming a device is the pinned one.
-        if jax.device_count() > 1:
-            _say_once(
-                "pin_memory=False names one device in the program, so JAX refuses it for arrays that are sharded over "
-                f"several ({jax.device_count()} here): write pin_memory=True for those."
-            )
-        return jax.device_put(x, SingleDeviceSharding(jax.devices()[0], memory_kind="unpinned_host"))
+        return jax.device_put(x, _in_memory(x, "unpinned_host"))
 
     def _to_device(self, x: Any) -> Any:
         if self.pin_memory:
             return jax.device_put(x, jax.memory.Space.Device)
-        device = jax.devices()[0]
-        return jax.device_put(x, SingleDeviceSharding(device, memory_kind=device.default_memory().kind))
+        return jax.device_put(x, _in_memory(x, jax.devices()[0].default_memory().kind))
 
     @property
     def _seen(self) -> _Seen:
@@ -307,6 +300,22 @@ def _offloaded_vjp(vjp: Callable[..., Any], fun: Callable[..., Any], *primals: A
             return offloader.run(lambda weights, _: fun(*weights), primals, ())
 
     return vjp(moved, *primals, **kwargs)
+
+
+def _in_memory(x: Any, kind: str) -> Any:
+    """Where ``x`` is, but in this memory: the one memory space that a program can name without a device is pinned."""
+    if not isinstance(x, jax.core.Tracer) and isinstance(x, jax.Array):
+        return x.sharding.with_memory_kind(kind)
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty:
+        return SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
+    if any(axis != jax.sharding.AxisType.Explicit for axis in sharding.mesh.axis_types):
+        raise ValueError(
+            "pin_memory=False has to name the devices of what it moves, and how an array is sharded over the mesh "
+            f"{dict(sharding.mesh.shape)} with axes that are not Explicit is unknown while it is traced: "
+            "write pin_memory=True."
+        )
+    return sharding.with_memory_kind(kind)
 
 
 def _memory_kinds(device: Any) -> list[str]:
