@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nexus_jax import report
@@ -40,11 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _without_devices(args: argparse.Namespace) -> None:
     """Keep JAX from looking for devices where only others' are asked about: it prints what it does not find."""
+    import logging
+
     import jax
 
-    if all(t != "local" for t in getattr(args, "target", None) or ["local"]) and not getattr(
-        jax.config, "jax_platforms", None
-    ):
+    # The compiler of a GPU that is not here: JAX misses the half of its plugin that runs programs.
+    logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)
+    wanted = (args.target or ["local"]) if hasattr(args, "target") else []
+    if "local" not in wanted and not getattr(jax.config, "jax_platforms", None):
         jax.config.update("jax_platforms", "cpu")
 
 
@@ -291,15 +297,39 @@ def _plan(args: argparse.Namespace) -> int:
 
     if args.policy:
         raise ValueError("a plan takes the place of a policy: leave --policy out.")
-    loss, arguments = _workload(args)()
+    workload = _workload(args)
+    # A plan chooses among all that the plain model keeps: what a policy recomputes already is not there to be chosen.
+    loss, arguments = workload("none" if "policy" in workload.parameters else None)
     target = _single_target(args)
-    found = plan(loss, *arguments, memory_budget=args.budget, target=target, time_limit=args.time_limit)
+    with _libraries_silenced():
+        found = plan(loss, *arguments, memory_budget=args.budget, target=target, time_limit=args.time_limit)
     if args.out:
         found.save(args.out)
     figures = ("target", "objective", "budget", "device_bytes", "host_bytes", "predicted_bytes", "unplanned_bytes")
     machine = {name: getattr(found, name) for name in (*figures, "extra_flops", "step_flops", "gap", "trials")}
     _show(args, found, machine)
     return 0
+
+
+@contextlib.contextmanager
+def _libraries_silenced() -> Iterator[None]:
+    """Drop what C libraries print: HiGHS says on standard output where it repairs an answer, amid a user's JSON."""
+
+    def flush() -> None:
+        sys.stdout.flush()
+        with contextlib.suppress(OSError, TypeError):
+            ctypes.CDLL(None).fflush(None)
+
+    flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            flush()
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def _doctor(args: argparse.Namespace) -> int:

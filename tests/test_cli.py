@@ -1,6 +1,8 @@
 """The command line: tables for people, JSON for machines, statuses for CI, and one line for whatever goes wrong."""
 
+import ctypes
 import json
+import os
 import subprocess
 import sys
 
@@ -190,3 +192,13 @@ def test_it_runs_as_a_module_from_another_folder():
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"][0]["measured"]["local"]["device_bytes"] > 0
+
+
+def test_what_a_library_prints_is_not_in_the_output(capfd):
+    libc = ctypes.CDLL(None)
+    with cli._libraries_silenced():
+        libc.puts(b"from C, buffered")
+        os.write(1, b"from C")
+    libc.puts(b"after")
+    libc.fflush(None)
+    assert capfd.readouterr().out == "after\n"

@@ -179,6 +179,8 @@ class Model:
         self.sizes = [graph.sizes[v] for v in self.values]
         self.unit = math.gcd(*self.sizes) or 1
         self.scale = max(1.0, self.costs.sum() / 1e7)
+        # With larger coefficients HiGHS repairs more of its answers.
+        self.heavy = max(1.0, max(self.sizes, default=0) // self.unit / 1e3)
         self.matrix = self._matrix()
         self.feasible = self.matrix is not None
 
@@ -240,8 +242,8 @@ class Model:
         constraints = [optimize.LinearConstraint(self.matrix, lower, np.inf)]  # type: ignore[arg-type]
         for offset, limit in ((0, device), (self.offload, host))[: 2 if self.offload else 1]:
             row = np.zeros(self.count)
-            row[offset : offset + n] = [size // self.unit for size in self.sizes]
-            constraints.append(optimize.LinearConstraint(row[None], -np.inf, limit // self.unit))
+            row[offset : offset + n] = [size // self.unit / self.heavy for size in self.sizes]
+            constraints.append(optimize.LinearConstraint(row[None], -np.inf, limit // self.unit / self.heavy))
         left = deadline - time.monotonic()
         if left <= 0:
             raise SolverTimeout("the solver's time is over.")
