@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nexus_jax.planner import relaxed
 from nexus_jax.planner.allocate import Edge, Frontier, Option, price_of
 
 
 def option(kept, working, ticks):
-    return Option(kept=kept, working=working, ticks=ticks, floor=kept)
+    return Option(kept=kept, working=working, ticks=ticks)
 
 
 _options = st.builds(option, st.integers(0, 20), st.integers(0, 20), st.integers(0, 9))
@@ -116,3 +117,21 @@ def test_the_optimum_of_one_level_of_segments():
 def test_no_path_is_an_error():
     with pytest.raises(ValueError, match="no path of boundaries"):
         Frontier(3, [Edge(0, 1, LAYER)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(programs(), st.integers(0, 120))
+def test_a_mixture_of_paths_costs_no_more_than_a_path(program, budget):
+    cuts, edges = program
+    best = min((t for p, t in map(price_of, paths(cuts, edges)) if p <= budget), default=None)
+    if best is not None:
+        assert relaxed.bound(cuts, edges, budget) <= best
+
+
+def test_the_mixture_is_near_where_there_are_many_equal_layers():
+    layers = 40
+    edges = [Edge(i, i + 1, LAYER) for i in range(layers)]
+    found = Frontier(layers + 1, edges)
+    for budget in range(20, 300, 40):
+        best, bound = found.within(budget).ticks, relaxed.bound(layers + 1, edges, budget)
+        assert 0 <= best - bound <= 5  # one layer's worth

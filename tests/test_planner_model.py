@@ -11,8 +11,10 @@ from flax import nnx
 from nexus_jax.planner import needs as needed
 from nexus_jax.planner.allocate import price_of
 from nexus_jax.planner.baselines import baselines
+from nexus_jax.planner.graph import Choice
 from nexus_jax.planner.loss import Loss
 from nexus_jax.planner.model import model_of
+from nexus_jax.planner.options import of_choice
 from nexus_jax.planner.prices import Prices
 from nexus_jax.planner.solve import frontier, optimum
 from nexus_jax.targets.compiler import find_target
@@ -211,7 +213,7 @@ def one_boundary(fn, *args):
     """The frontier of a program taken as one boundary, as (bytes kept, FLOPs again)."""
     found = model(fn, *args)
     [span] = [found.spans_of.of(0, len(found.flat.eqns))]
-    return [(p.price.device, p.price.ticks) for p in frontier(span.shape.graph)]
+    return [(p.price.device, p.price.ticks) for p in frontier(span.shape.graph).points]
 
 
 def test_equal_matmuls_cost_one_each():
@@ -260,7 +262,7 @@ def test_attention_is_made_again_before_the_projections():
     batched = dict(shape.matmuls)
     assert sorted(batched.values()) == [False] * 4 + [True] * 2  # q, k, v, out; scores, context
     remade = lambda choice: {v for v in batched if shape.graph.maker[v] in shape.graph.again(choice.kept)}
-    none = [p for p in frontier(shape.graph, solves=40) if not remade(p.choice)]
+    none = [p for p in frontier(shape.graph, solves=40).points if not remade(p.choice)]
     scores = 4 * 128 * 128 * 4
     less = optimum(shape.graph, none[-1].price.device - scores)
     assert remade(less)
@@ -290,3 +292,23 @@ def test_a_program_that_calls_back_keeps_what_it_printed():
         for segment in found.segments(found.frontier.path(at)):
             if segment.boundary:
                 assert not any(eqn.effects for eqn in found.flat.eqns[segment.start : segment.stop])
+
+
+def test_every_way_to_run_a_stretch_is_bounded():
+    fn, args = chain([64, 16, 48, 32, 8])
+    found = model(fn, *args)
+    checked = 0
+    for (i, j), span in found.spans.items():
+        graph = span.shape.graph
+        ways = found.options.of(span.shape, whole=False)
+        for kept in itertools.chain.from_iterable(
+            itertools.combinations(sorted(graph.keepable), n) for n in range(len(graph.keepable) + 1)
+        ):
+            option = of_choice(span.shape, Choice(saved=frozenset(kept)))
+            better = lambda o: o.kept <= option.kept and o.working <= option.working and o.ticks <= option.ticks
+            assert any(better(b) for b in ways.bounds), (i, j, kept)
+            for a_byte, a_working in itertools.product((0, 1, 100, 10_000), repeat=2):
+                weigh = lambda o: 1000 * o.ticks + a_byte * o.kept + a_working * o.working
+                assert min(map(weigh, ways.corners)) <= weigh(option)
+            checked += 1
+    assert checked > 100

@@ -78,18 +78,32 @@ def test_the_frontier_is_that_of_all_choices(graph):
     prices = {(p.device, p.ticks) for _, p in choices(graph, offload=False)}
     undominated = {p for p in prices if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in prices)}
     found = frontier(graph)
-    assert {(p.price.device, p.price.ticks) for p in found} == undominated
-    assert all(price(graph, p.choice) == p.price and p.floor == p.price.device for p in found)
+    assert {(p.price.device, p.price.ticks) for p in found.points} == undominated
+    assert all(price(graph, p.choice) == p.price for p in found.points)
+    assert found.exact
 
 
-@settings(max_examples=200, deadline=None)
-@given(graphs(), st.integers(1, 4))
-def test_a_coarse_frontier_says_how_much_it_may_have_missed(graph, solves):
+@settings(max_examples=300, deadline=None)
+@given(graphs(), st.integers(0, 4), st.integers(0, 5), st.integers(0, 5))
+def test_a_coarse_frontier_says_how_much_it_may_have_missed(graph, solves, a_tick, a_byte):
     found = frontier(graph, solves=solves)
+    weighed = lambda ticks, nbytes: a_tick * ticks + a_byte * nbytes
     for _, paid in choices(graph, offload=False):
-        point = next((p for p in found if p.floor <= paid.device), None)
-        assert point is not None
-        assert point.price.ticks <= paid.ticks
+        bound = next(b for b in found.bounds if b.low <= paid.device)
+        assert bound.ticks <= paid.ticks
+        corners = found.corners(also=3)
+        assert min(weighed(c.ticks, c.low) for c in corners) <= weighed(paid.ticks, paid.device)
+
+
+@settings(max_examples=300, deadline=None)
+@given(graphs())
+def test_the_corners_of_the_hull_are_found_without_a_limit(graph):
+    prices = [p for _, p in choices(graph, offload=False)]
+    found = [(p.price.device, p.price.ticks) for p in frontier(graph, solves=0).points]
+    for a_tick, a_byte in itertools.product(range(1, 8), range(1, 8)):
+        weighed = lambda device, ticks: a_tick * ticks + a_byte * device
+        best = min((weighed(p.device, p.ticks) for p in prices), default=None)
+        assert min((weighed(*p) for p in found), default=None) == best
 
 
 def chain(n, cost=1, size=1):
@@ -129,7 +143,7 @@ def test_what_is_pinned_is_kept_or_the_answer_is_none():
 def test_large_numbers_are_priced_in_integers():
     size, cost = 3 * 2**33 + 1, 10**14 + 1
     graph = chain(6, cost=cost, size=size)
-    found = frontier(graph)
+    found = frontier(graph).points
     assert [(p.price.device, p.price.ticks) for p in found] == [((6 - k) * size, k * cost) for k in range(7)]
 
 

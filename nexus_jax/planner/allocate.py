@@ -14,16 +14,20 @@ The places where the program may be cut are the nodes of a graph, a boundary fro
 plan is a path: how fine the boundaries are is chosen together with what they keep.
 
 Only labels that no other beats in both peak and time go on. Where there are more than ``limit``, some are dropped, which
-can only make the plan worse, and a second pass over labels that are too good by construction bounds how much.
+can only make the plan worse, and a second pass over labels that are too good by construction bounds how much. That bound
+is tight for a few unlike boundaries; for many equal ones a linear program is (:mod:`relaxed`), and the better of both counts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from nexus_jax.planner import relaxed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,24 +38,30 @@ class Option:
         kept: bytes on the device from its forward to its backward.
         working: bytes on the device while it is differentiated, beside what is kept.
         ticks: what it costs in time.
-        floor: bytes down to which no option that was not asked for costs less (:class:`solve.Point`).
         what: whatever the caller knows it by.
     """
 
     kept: int
     working: int
     ticks: int
-    floor: int
     what: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Edge:
-    """A boundary from cut ``start`` to cut ``stop``, and its options."""
+    """A boundary from cut ``start`` to cut ``stop``, and its options.
+
+    Attributes:
+        bounds: options that need not exist, one of which is at least as good in everything as any way there is to run
+            the boundary; empty where the options are all the ways there are.
+        corners: such options again, but at least as good in every weighted sum of bytes and ticks; empty for ``bounds``.
+    """
 
     start: int
     stop: int
     options: tuple[Option, ...]
+    bounds: tuple[Option, ...] = ()
+    corners: tuple[Option, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +99,7 @@ class Frontier:
         ValueError: no path leads from the start to the end.
 
     Example:
-        >>> layer = (Option(kept=8, working=0, ticks=0, floor=8), Option(kept=0, working=8, ticks=5, floor=0))
+        >>> layer = (Option(kept=8, working=0, ticks=0), Option(kept=0, working=8, ticks=5))
         >>> found = Frontier(4, [Edge(i, i + 1, layer) for i in range(3)])
         >>> [(p, t) for p, t in zip(found.peaks, found.ticks)]  # the last layer need never run again
         [(8, 10), (16, 5), (24, 0)]
@@ -100,12 +110,13 @@ class Frontier:
     def __init__(self, cuts: int, edges: Sequence[Edge], limit: int = 4096):
         self.cuts, self.edges = cuts, tuple(edges)
         self._labels, dropped = _pass(cuts, self.edges, limit, _thinned, [_arrays(e.options) for e in self.edges])
-        coarse = any(o.floor != o.kept for e in self.edges for o in e.options)
-        self.exact = not (dropped or coarse)
+        self.exact = not dropped and not any(e.bounds for e in self.edges)
         if self.exact:
             self._bound = self._labels
         else:
-            self._bound, _ = _pass(cuts, self.edges, limit, _relaxed, [_floors(e.options) for e in self.edges])
+            self._bound, _ = _pass(
+                cuts, self.edges, limit, _relaxed, [_arrays(e.bounds or e.options) for e in self.edges]
+            )
         if not len(self._labels[0].peaks):
             raise ValueError("no path of boundaries leads from the start of the program to its end.")
 
@@ -125,7 +136,13 @@ class Frontier:
     def bound(self, budget: int) -> int | None:
         """Ticks that every path within ``budget`` costs at least; None if there is no such path."""
         at = int(np.searchsorted(self._bound[0].peaks, budget, side="right")) - 1
-        return None if at < 0 else int(self._bound[0].ticks[at])
+        if at < 0:
+            return None
+        found = int(self._bound[0].ticks[at])
+        path = self.within(budget)
+        if self.exact or path is None or path.ticks == found:
+            return found
+        return max(found, math.ceil(relaxed.bound(self.cuts, self.edges, budget)))
 
     def path(self, at: int) -> Path:
         """The path of point ``at`` of the frontier."""
@@ -150,13 +167,6 @@ def price_of(options: Sequence[Option]) -> tuple[int, int]:
 
 def _arrays(options: Sequence[Option]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.array([getattr(o, n) for o in options], np.int64) for n in ("kept", "working", "ticks"))  # type: ignore[return-value]
-
-
-def _floors(options: Sequence[Option]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same, each option as good as any that was not asked for could be."""
-    _, working, ticks = _arrays(options)
-    floor = np.array([o.floor for o in options], np.int64)
-    return floor, np.minimum.accumulate(working), ticks
 
 
 def _pass(cuts: int, edges: Sequence[Edge], limit: int, fewer: Any, arrays: list[Any]) -> tuple[list[_Labels], bool]:

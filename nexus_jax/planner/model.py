@@ -21,7 +21,8 @@ from nexus_jax.planner.spans import Span, Spans
 _TOGETHER = 6  # stretches between neighbouring cuts that are solved as one
 _EQUATIONS = 140  # of what is solved as one, unless it is a single stretch
 _MANY = 64  # cuts; with more, long stretches start at every other, fourth, eighth ...
-_LABELS = 4096  # at a cut; fewer where there are many cuts
+_TOTAL = 2000  # integer programs with a limit, over all kinds of stretches
+_LABELS = 2048  # at a cut; fewer where there are many cuts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,20 +90,19 @@ def model_of(
     Args:
         differentiated: which of its inputs, constants counted.
         deadline: of ``time.monotonic()``; what is not solved by then has fewer options, and the bound knows.
-        solves: integer programs for a stretch's frontier.
+        solves: integer programs with a limit for a stretch's frontier; None is by its size and by how many kinds there are.
     """
     spans = Spans(flat, needs_of(flat, differentiated), price)
     places = cuts(flat, spans.sizes, spans.costs)
-    options = Options(deadline, **({} if solves is None else {"solves": solves}))
-    found: dict[tuple[int, int], Span] = {}
-    edges = []
+    found, whole = {}, {}
     for i, j in _pairs(places):
-        span = spans.of(places[i], places[j])
-        solved = j == i + 1 or (j - i <= _TOGETHER and places[j] - places[i] <= _EQUATIONS)
-        ways = options.of(span.shape, whole=not solved)
-        if ways:
-            found[i, j] = span
-            edges.append(Edge(i, j, ways))
+        found[i, j] = spans.of(places[i], places[j])
+        whole[i, j] = j > i + 1 and (j - i > _TOGETHER or places[j] - places[i] > _EQUATIONS)
+    kinds = len({span.shape for at, span in found.items() if not whole[at]})
+    options = Options(deadline, solves, most=_TOTAL // max(kinds, 1))
+    ways = {at: options.of(span.shape, whole[at]) for at, span in found.items()}
+    found = {at: span for at, span in found.items() if ways[at].options}
+    edges = [Edge(*at, ways[at].options, ways[at].bounds, ways[at].corners) for at in found]
     limit = max(256, min(_LABELS, 2**19 // len(places)))
     frontier = Frontier(len(places), edges, limit=limit)
     return Model(flat, frontier, found, spans, options, tuple(places))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from nexus_jax.planner.allocate import Option
 from nexus_jax.planner.graph import Choice, Graph, price
-from nexus_jax.planner.solve import SolverTimeout, frontier, optimum
+from nexus_jax.planner.solve import Bound, SolverTimeout, Stairs, frontier, optimum
 from nexus_jax.planner.spans import Shape
 
-SOLVES = 40  # integer programs for a frontier
+_SOLVES, _EASY = 40, 5_000  # programs with a limit for a frontier; of many values, fewer: they take longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,37 +21,56 @@ class Way:
     choice: Choice | None
 
 
-class Options:
-    """The options of each shape, found once."""
+@dataclasses.dataclass(frozen=True)
+class Ways:
+    """The options of a stretch, and bounds on all that were not asked for (:class:`allocate.Edge`)."""
 
-    def __init__(self, deadline: float = math.inf, solves: int | None = SOLVES):
-        self.deadline, self.solves = deadline, solves
-        self.known: dict[tuple[Shape, bool], tuple[Option, ...]] = {}
+    options: tuple[Option, ...]
+    bounds: tuple[Option, ...] = ()
+    corners: tuple[Option, ...] = ()
+
+
+class Options:
+    """The options of each shape, found once.
+
+    Args:
+        solves: integer programs with a limit for a stretch's frontier; None is by its size, ``most`` at most.
+    """
+
+    def __init__(self, deadline: float = math.inf, solves: int | None = None, most: int = _SOLVES):
+        self.deadline, self.solves, self.most = deadline, solves, min(most, _SOLVES)
+        self.known: dict[tuple[Shape, bool], Ways] = {}
         self.solved = 0
         self.plains: dict[Shape, Option] = {}
 
-    def of(self, shape: Shape, whole: bool) -> tuple[Option, ...]:
+    def of(self, shape: Shape, whole: bool) -> Ways:
         """Its options; with ``whole``, only to recompute everything. Fewer, once the deadline has passed."""
         key = (shape, whole)
         if key not in self.known:
             self.known[key] = self._found(shape, whole)
         return self.known[key]
 
-    def _found(self, shape: Shape, whole: bool) -> tuple[Option, ...]:
+    def _found(self, shape: Shape, whole: bool) -> Ways:
         if shape.effects:
-            return () if whole else (self.plain(shape),)
+            return Ways(() if whole else (self.plain(shape),))
         if whole:
-            found = [of_choice(shape, Choice(), floor=0)] if makeable(shape.graph) else []
-            return tuple(found)
+            return Ways((of_choice(shape, Choice()),) if makeable(shape.graph) else ())
         self.solved += 1
+        solves = self.solves
+        if solves is None:
+            solves = min(self.most, _EASY // (1 + len(shape.graph.keepable) ** 2))
+        plain = self.plain(shape)
         try:
-            points = frontier(shape.graph, solves=self.solves, deadline=self.deadline)
+            stairs = frontier(shape.graph, solves=solves, deadline=self.deadline)
         except SolverTimeout:
-            points = ()
-        found = [self.plain(shape)]
-        found += [of_choice(shape, p.choice, floor=p.floor) for p in points]
+            stairs = Stairs((), (Bound(low=0, high=sum(shape.graph.sizes), ticks=0),))
+        found = [plain, *(of_choice(shape, p.choice) for p in stairs.points)]
         found += [of_choice(shape, choice) for choice in fixed(shape).values()]  # they may need less while they run
-        return tuple(found) if points else (dataclasses.replace(found[0], floor=0), *found[1:])
+        return Ways(
+            undominated(found),
+            undominated([plain, *_bounds(shape, stairs.bounds)]),
+            undominated([plain, *_bounds(shape, stairs.corners(also=_both(shape)))]),
+        )
 
     def plain(self, shape: Shape) -> Option:
         """The stretch as it is: what autodiff keeps, less what a compiler makes again by fusion."""
@@ -63,18 +83,44 @@ class Options:
         if kept is None:
             raise ValueError("a value that the backward pass needs has no equation: the program is not whole.")
         nbytes = shape.crossing + price(shape.fused, kept).host
-        return Option(kept=nbytes, working=shape.transient, ticks=0, floor=nbytes, what=Way(None))
+        return Option(kept=nbytes, working=shape.transient, ticks=0, what=Way(None))
 
 
-def of_choice(shape: Shape, choice: Choice, floor: int | None = None) -> Option:
+def of_choice(shape: Shape, choice: Choice) -> Option:
     """A stretch as a boundary that keeps what is chosen."""
     graph = shape.graph
     paid = price(graph, choice)
     made = {v for i in graph.again(choice.kept) for v in graph.ops[i].outs} - choice.kept - graph.free
     working = sum(graph.sizes[v] for v in made & shape.written) + shape.transient
-    kept = shape.crossing + paid.device
-    least = kept if floor is None else shape.crossing + floor
-    return Option(kept=kept, working=working, ticks=paid.ticks, floor=least, what=Way(choice))
+    return Option(kept=shape.crossing + paid.device, working=working, ticks=paid.ticks, what=Way(choice))
+
+
+def _both(shape: Shape) -> int:
+    """What is written and needed is kept, or made again and then written: together they are never fewer bytes."""
+    graph = shape.graph
+    return sum(graph.sizes[v] for v in (graph.needed & shape.written) - graph.free)
+
+
+def _bounds(shape: Shape, bounds: Sequence[Bound]) -> list[Option]:
+    both = _both(shape)
+    return [
+        Option(
+            kept=shape.crossing + bound.low,
+            working=shape.transient + max(0, both - bound.high),
+            ticks=bound.ticks,
+            what=Way(None),
+        )
+        for bound in bounds
+    ]
+
+
+def undominated(options: Sequence[Option]) -> tuple[Option, ...]:
+    """Those that no other is at least as good as in everything; the first of equal ones."""
+    found: list[Option] = []
+    for o in sorted(options, key=lambda o: (o.kept, o.ticks, o.working)):
+        if not any(f.ticks <= o.ticks and f.working <= o.working for f in found):
+            found.append(o)
+    return tuple(found)
 
 
 def fixed(shape: Shape) -> dict[str, Choice]:

@@ -17,7 +17,8 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import optimize, sparse
@@ -27,15 +28,77 @@ from nexus_jax.planner.graph import CannotRecompute, Choice, Graph, Price, price
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """A choice on a frontier.
-
-    Attributes:
-        floor: no choice that keeps at least so many bytes on the device, and fewer than the point before, costs less.
-    """
+    """A choice on a frontier, and its price."""
 
     choice: Choice
     price: Price
-    floor: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bound:
+    """Every choice that keeps from ``low`` to ``high`` bytes on the device costs at least ``ticks``."""
+
+    low: int
+    high: int
+    ticks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """No choice has less than ``value`` of ``ticks * a_tick + bytes * a_byte``."""
+
+    a_tick: int
+    a_byte: int
+    value: int
+
+    def least(self, nbytes: int) -> int:
+        """Ticks of a choice that keeps so many bytes, at least."""
+        return -((nbytes * self.a_byte - self.value) // self.a_tick)
+
+    def meets(self, other: Line) -> int | None:
+        """The bytes, rounded down, at which two lines ask for equal ticks; None if they are parallel."""
+        slope = self.a_byte * other.a_tick - other.a_byte * self.a_tick
+        return (self.value * other.a_tick - other.value * self.a_tick) // slope if slope else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stairs:
+    """A frontier.
+
+    Attributes:
+        points: choices of which none beats another in bytes and ticks, most bytes first.
+        bounds: what any choice costs at least, most bytes first. There is none that keeps fewer bytes than the last.
+        lines: what it costs at least, as a convex function.
+    """
+
+    points: tuple[Point, ...] = ()
+    bounds: tuple[Bound, ...] = ()
+    lines: tuple[Line, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether these are all the points that there are."""
+        return [p.price.device for p in self.points] == [b.low for b in self.bounds]
+
+    def corners(self, also: int = 0) -> tuple[Bound, ...]:
+        """Bounds from which a convex bound on all choices follows: what costs least in bytes and ticks together, whatever
+        a byte is worth, costs no less than one of them. Without lines they are ``bounds``.
+
+        Args:
+            also: bytes at which there should be one.
+        """
+        if not self.lines or not self.bounds:
+            return self.bounds
+        fewest, most = self.bounds[-1].low, self.bounds[0].low
+        least = lambda nbytes: max(line.least(nbytes) for line in self.lines)
+        places = {fewest, most, also, also + 1}
+        lines = sorted(self.lines, key=lambda line: line.a_byte / line.a_tick)
+        for one, other in itertools.combinations(lines, 2):
+            at = one.meets(other)
+            if at is not None and least(at) <= max(one.least(at), other.least(at)):
+                places |= {at, at + 1}
+        found = sorted((p for p in places if fewest <= p <= most), reverse=True)
+        return tuple(Bound(low=p, high=p, ticks=least(p)) for p in found)
 
 
 class SolverTimeout(RuntimeError):
@@ -69,76 +132,156 @@ def optimum(
     return None
 
 
-def frontier(
-    graph: Graph, *, host: int = 0, solves: int | None = None, deadline: float = math.inf
-) -> tuple[Point, ...]:
-    """The choices that no other beats in bytes and ticks, most bytes first.
+def frontier(graph: Graph, *, host: int = 0, solves: int | None = None, deadline: float = math.inf) -> Stairs:
+    """The choices that no other beats in bytes and ticks.
+
+    First the corners of its convex hull: each is the cheapest where a byte costs so many ticks, and without a limit the
+    relaxation of the program is whole (every row is a difference of two variables: a minimum cut), so that none of them
+    branches. Then the points between them, each at a limit of bytes, where most is uncertain first.
 
     Args:
         host: bytes that may be kept on the host. The points are then those of bytes on the device and ticks.
-        solves: how many integer programs may be solved, where most is not known first; None is until all is known. Each
-            point is optimal for its bytes all the same, and its ``floor`` says how far down that is certain.
+        solves: how many programs with a limit may be solved, beside the ends; None is until all is known. Each point
+            is optimal for its bytes all the same, and ``bounds`` says what others cost at least.
         deadline: of ``time.monotonic()``. After it, the points so far are the answer.
 
     Raises:
         SolverTimeout: the deadline passed before there were any points.
     """
-    model = Model(graph, offload=host > 0)
-    ask = lambda limit: optimum(graph, limit, host, deadline=deadline, model=model)
-    first = ask(sum(graph.sizes))
-    if first is None:
-        return ()
-    found = [_Known(first, price(graph, first), sum(graph.sizes))]
-    found.append(_Known(None, Price(-1, found[0].price.ticks + 1 + sum(op.cost for op in graph.ops)), -1))
-    limit = 0
-    while solves is None or len(found) < solves + 2:
-        if limit is None:
-            break
-        try:
-            choice = ask(limit)
-        except SolverTimeout:
-            break
-        _insert(found, limit, choice, None if choice is None else price(graph, choice))
-        limit = _widest(found)
-    points = []
-    for known, below in itertools.pairwise(found):
-        if known.choice is not None and below.price.ticks > known.price.ticks:
-            points.append(Point(choice=known.choice, price=known.price, floor=below.limit + 1))
-    return tuple(points)
+    search = _Search(graph, host, deadline)
+    if not search.ends():
+        return Stairs()
+    try:
+        if host == 0 and solves is not None:
+            search.corners()
+        while solves is None or solves > 0:
+            limit = search.widest()
+            if limit is None:
+                break
+            search.ask(limit)
+            solves = None if solves is None else solves - 1
+    except SolverTimeout:
+        pass
+    return search.result()
 
 
 @dataclasses.dataclass
 class _Known:
-    """A point, optimal for every limit from its bytes to ``limit``; without a choice, limits for which there is none."""
+    """A choice, the cheapest for every limit from its bytes to ``limit``."""
 
-    choice: Choice | None
+    choice: Choice
     price: Price
     limit: int
 
 
-def _insert(found: list[_Known], limit: int, choice: Choice | None, paid: Price | None) -> None:
-    """Put an answer among those there are, most bytes first."""
-    if choice is None or paid is None:
-        found[-1].limit = max(found[-1].limit, limit)
-        return
-    for known in found:
-        if known.price.ticks == paid.ticks:  # the same step of the stairs: its bytes are the fewer
-            known.limit = max(known.limit, limit)
-            if paid.device < known.price.device:
-                known.choice, known.price = choice, paid
-            return
-    found.append(_Known(choice, paid, limit))
-    found.sort(key=lambda k: -k.price.device)
+_CORNERS = 32  # programs for a hull
+_STEPS = 6  # bounds between two known points
 
 
-def _widest(found: list[_Known]) -> int | None:
-    """The limit to ask about next: in the middle of where most bytes times ticks are uncertain; None if nowhere is."""
-    best, at = 0, None
-    for above, below in itertools.pairwise(found):
-        width, height = above.price.device - 1 - below.limit, below.price.ticks - above.price.ticks
-        if width > 0 and width * height > best:
-            best, at = width * height, below.limit + (width + 1) // 2
-    return at
+class _Search:
+    """What is known of a frontier so far."""
+
+    def __init__(self, graph: Graph, host: int, deadline: float):
+        self.graph, self.host, self.deadline = graph, host, deadline
+        self.model = Model(graph, offload=host > 0)
+        self.found: list[_Known] = []  # most bytes first
+        self.lines: list[Line] = []
+        self.none = -1  # no choice keeps so few bytes
+
+    def ends(self) -> bool:
+        """Find the cheapest choice; False if there is none at all."""
+        return self.ask(sum(self.graph.sizes))
+
+    def ask(self, limit: int) -> bool:
+        """Find the cheapest within a limit; False if there is none."""
+        choice = optimum(self.graph, limit, self.host, deadline=self.deadline, model=self.model)
+        if choice is None:
+            self.none = max(self.none, limit)
+            return False
+        self._insert(choice, limit)
+        return True
+
+    def _insert(self, choice: Choice, limit: int) -> None:
+        paid = price(self.graph, choice)
+        for known in self.found:
+            if known.price.ticks == paid.ticks:  # the same step of the stairs: its bytes are the fewer
+                known.limit = max(known.limit, limit)
+                if paid.device < known.price.device:
+                    known.choice, known.price = choice, paid
+                return
+        self.found.append(_Known(choice, paid, limit))
+        self.found.sort(key=lambda k: -k.price.device)
+
+    def widest(self) -> int | None:
+        """The limit to ask about next: in the middle of where most is uncertain; None if nowhere is."""
+        best, at = 0, None
+        for low, high, above, below in self._gaps():
+            middle = (low + high + 1) // 2
+            area = (high - low + 1) * (below - self._least(middle, above) + 1)
+            if area > best:
+                best, at = area, middle
+        return at
+
+    def _gaps(self) -> Iterator[tuple[int, int, int, int]]:
+        """(fewest bytes, most bytes, ticks just above, ticks just below) of where the cheapest is not known."""
+        dearest = 1 + sum(op.cost for op in self.graph.ops)
+        after = [(k.limit, k.price.ticks) for k in self.found[1:]]
+        for known, (limit, ticks) in zip(self.found, [*after, (self.none, dearest)], strict=True):
+            if known.price.device - 1 > limit and ticks > known.price.ticks:
+                yield limit + 1, known.price.device - 1, known.price.ticks, ticks
+
+    def _least(self, nbytes: int, above: int) -> int:
+        return max([above, *(line.least(nbytes) for line in self.lines)])
+
+    def corners(self) -> None:
+        """Find the corners of the convex hull, and the lines that no choice is below."""
+        if self.found[-1].price.device > 0 and not self.ask(0):
+            self.ask(self._fewest())
+        self.lines.append(Line(1, 0, self.found[0].price.ticks))
+        left = _CORNERS
+        untested = list(itertools.pairwise(self.found))
+        while untested and left:
+            untested.sort(key=lambda pair: _area(*pair))
+            above, below = untested.pop()
+            ticks, nbytes = below.price.ticks - above.price.ticks, above.price.device - below.price.device
+            if ticks <= 0 or nbytes <= 0:
+                continue
+            left -= 1
+            choice = self.model.cheapest(nbytes, ticks, self.deadline)
+            if choice is None:
+                return
+            choice = trimmed(self.graph, choice)
+            paid = price(self.graph, choice)
+            value = lambda p: p.ticks * nbytes + p.device * ticks
+            doubt = (sum(op.cost for op in self.graph.ops) * nbytes + sum(self.graph.sizes) * ticks) >> 20
+            self.lines.append(Line(nbytes, ticks, min(value(paid), value(above.price)) - doubt))
+            if value(paid) < value(above.price):
+                self._insert(choice, paid.device)
+                corner = next(k for k in self.found if k.price.ticks == paid.ticks)
+                untested += [(above, corner), (corner, below)]
+
+    def _fewest(self) -> int:
+        choice = self.model.cheapest(0, 1, self.deadline)
+        return price(self.graph, trimmed(self.graph, choice)).device if choice is not None else 0
+
+    def result(self) -> Stairs:
+        bounds = [Bound(low=k.price.device, high=k.limit, ticks=k.price.ticks) for k in self.found]
+        for low, high, above, _ in self._gaps():
+            edges = [low + (high + 1 - low) * k // _STEPS for k in range(_STEPS + 1)]
+            for a, b in itertools.pairwise(edges):
+                if a < b:
+                    bounds.append(Bound(low=a, high=b - 1, ticks=self._least(b - 1, above)))
+        bounds.sort(key=lambda b: -b.low)
+        points, last = [], None
+        for known in self.found:
+            if last is None or known.price.ticks > last:
+                points.append(Point(choice=known.choice, price=known.price))
+                last = known.price.ticks
+        return Stairs(tuple(points), tuple(bounds), tuple(self.lines))
+
+
+def _area(above: _Known, below: _Known) -> int:
+    return (above.price.device - below.price.device) * (below.price.ticks - above.price.ticks)
 
 
 def trimmed(graph: Graph, choice: Choice) -> Choice:
@@ -238,20 +381,34 @@ class Model:
         if not self.count or not self.rows:
             return Choice()
         n = len(self.values)
-        lower = np.concatenate([np.ones(self.ones), np.zeros(self.rows - self.ones)])
-        constraints = [optimize.LinearConstraint(self.matrix, lower, np.inf)]  # type: ignore[arg-type]
+        constraints = [self._rows()]
         for offset, limit in ((0, device), (self.offload, host))[: 2 if self.offload else 1]:
             row = np.zeros(self.count)
             row[offset : offset + n] = [size // self.unit / self.heavy for size in self.sizes]
             constraints.append(optimize.LinearConstraint(row[None], -np.inf, limit // self.unit / self.heavy))
+        return self._answer(self.costs / self.scale, constraints, deadline)
+
+    def cheapest(self, a_tick: int, a_byte: int, deadline: float) -> Choice | None:
+        """The choice with the least ``ticks * a_tick + bytes on the device * a_byte``; None if there is none."""
+        if not self.feasible:
+            return None
+        if not self.count or not self.rows:
+            return Choice()
+        costs = self.costs * float(a_tick)
+        costs[: len(self.values)] += np.array(self.sizes, float) * a_byte
+        return self._answer(costs / max(costs.sum() / 1e7, 1e-300), [self._rows()], deadline)
+
+    def _rows(self) -> Any:
+        lower = np.concatenate([np.ones(self.ones), np.zeros(self.rows - self.ones)])
+        return optimize.LinearConstraint(self.matrix, lower, np.inf)  # type: ignore[arg-type]
+
+    def _answer(self, costs: np.ndarray, constraints: list[Any], deadline: float) -> Choice | None:
         left = deadline - time.monotonic()
         if left <= 0:
             raise SolverTimeout("the solver's time is over.")
         options = {"mip_rel_gap": 0.0, **({"time_limit": left} if left < math.inf else {})}
-        whole = np.concatenate([np.ones(n + self.offload), np.zeros(len(self.ops))])
-        answer = optimize.milp(
-            self.costs / self.scale, constraints=constraints, integrality=whole, bounds=(0, 1), options=options
-        )
+        whole = np.concatenate([np.ones(len(self.values) + self.offload), np.zeros(len(self.ops))])
+        answer = optimize.milp(costs, constraints=constraints, integrality=whole, bounds=(0, 1), options=options)
         if answer.status == 1:
             raise SolverTimeout("the solver's time is over.")
         return None if answer.x is None else self._choice(answer.x)
