@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from nexus_jax.planner.allocate import Edge, Option, Path, price_of
 from nexus_jax.planner.model import Model
-from nexus_jax.planner.options import fixed, of_choice
+from nexus_jax.planner.options import fixed, of_choice, plain
 from nexus_jax.planner.spans import Shape
 
 
@@ -25,7 +25,7 @@ def baselines(model: Model) -> Iterator[Baseline]:
     other group. The groups of about the square root of the number of stretches are those of Chen et al. 2016.
     """
     last = len(model.cuts) - 1
-    yield Baseline("as it is", 1, _path(model, 1, lambda n, shape: model.options.plain(shape)))
+    yield Baseline("as it is", 1, path_of(model, 1, lambda n, shape: plain(shape)))
     sizes = sorted({stop - start for start, stop in model.spans})
     for group in sizes:
         if any((i, min(i + group, last)) not in model.spans for i in range(0, last, group)):
@@ -34,20 +34,20 @@ def baselines(model: Model) -> Iterator[Baseline]:
             for every in (1, 2):
                 pick = _every(model, name, every)
                 suffix = " of every other" if every == 2 else ""
-                yield Baseline(name + suffix, group, _path(model, group, pick))
+                yield Baseline(name + suffix, group, path_of(model, group, pick))
 
 
 def _every(model: Model, name: str, every: int) -> Callable[[int, Shape], Option]:
     def pick(n: int, shape: Shape) -> Option:
         choices = fixed(shape)
         if n % every or name not in choices or shape.effects:
-            return model.options.plain(shape)
+            return plain(shape)
         return of_choice(shape, choices[name])
 
     return pick
 
 
-def _path(model: Model, group: int, pick: Callable[[int, Shape], Option]) -> Path:
+def path_of(model: Model, group: int, pick: Callable[[int, Shape], Option]) -> Path:
     last = len(model.cuts) - 1
     steps = []
     for n, start in enumerate(range(0, last, group)):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from jax.extend import core as jex
 
@@ -13,9 +14,11 @@ from nexus_jax.flat import Flat
 from nexus_jax.planner.allocate import Edge, Frontier, Option, Path
 from nexus_jax.planner.cuts import cuts
 from nexus_jax.planner.needs import needs_of
-from nexus_jax.planner.options import Options, Way
+from nexus_jax.planner.options import Options, Way, Ways, of_choice, plain
 from nexus_jax.planner.prices import Prices
 from nexus_jax.planner.rewrite import Segment
+from nexus_jax.planner.scans import Body, bodies, flattened
+from nexus_jax.planner.scans import ways as scan_ways
 from nexus_jax.planner.spans import Span, Spans
 
 _TOGETHER = 6  # stretches between neighbouring cuts that are solved as one
@@ -45,7 +48,7 @@ class Model:
     @functools.cached_property
     def plain(self) -> int:
         """The peak of the program as it is."""
-        options = [self.options.plain(self.span(i, i + 1).shape) for i in range(len(self.cuts) - 1)]
+        options = [plain(self.span(i, i + 1).shape) for i in range(len(self.cuts) - 1)]
         kept, peak = 0, 0
         for option in options:
             kept += option.kept
@@ -56,12 +59,18 @@ class Model:
         """The stretch between two cuts."""
         return self.spans[start, stop]
 
+    def option(self, edge: Edge, option: Option) -> Option:
+        """An option of a path with what it needs while it is differentiated, also where the frontier does not count that."""
+        shape, choice = self.span(edge.start, edge.stop).shape, option.what.choice
+        return plain(shape) if choice is None else of_choice(shape, choice)
+
     def segments(self, path: Path) -> tuple[Segment, ...]:
         """A path as what to rewrite. Neighbours that run as they are become one."""
         found: list[Segment] = []
         for edge, option in path.steps:
             segment = self._segment(self.span(edge.start, edge.stop), option)
-            if found and not segment.boundary and not found[-1].boundary:
+            as_it_is = lambda s: not s.boundary and not s.inside
+            if found and as_it_is(segment) and as_it_is(found[-1]):
                 segment = dataclasses.replace(segment, start=found.pop().start)
             found.append(segment)
         return tuple(found)
@@ -69,7 +78,7 @@ class Model:
     def _segment(self, span: Span, option: Option) -> Segment:
         way = option.what
         if way.choice is None:
-            return Segment(start=span.start, stop=span.stop, boundary=False)
+            return Segment(start=span.start, stop=span.stop, boundary=False, inside=way.inside)
         eqns = self.flat.eqns[span.start : span.stop]
         at = {self.flat.number[v]: n for n, v in enumerate(v for eqn in eqns for v in eqn.outvars)}
         place = lambda values: tuple(sorted(at[span.values[v]] for v in values))
@@ -93,19 +102,46 @@ def model_of(
         solves: integer programs with a limit for a stretch's frontier; None is by its size and by how many kinds there are.
     """
     spans = Spans(flat, needs_of(flat, differentiated), price)
-    places = cuts(flat, spans.sizes, spans.costs)
-    found, whole = {}, {}
-    for i, j in _pairs(places):
-        found[i, j] = spans.of(places[i], places[j])
-        whole[i, j] = j > i + 1 and (j - i > _TOGETHER or places[j] - places[i] > _EQUATIONS)
+    scans = bodies(flat, differentiated)
+    models = {i: _body_model(body, price, deadline, solves) for i, body in scans.items()}
+    return _model(spans, deadline, solves, {i: (scans[i], m) for i, m in models.items()})
+
+
+def _body_model(body: Body, price: Prices, deadline: float, solves: int | None) -> Model:
+    """The model of what a scan does at each step. Its frontier is that of all bytes kept, and time."""
+    spans = Spans(body.flat, needs_of(body.flat, body.differentiated, body.results), price)
+    return _model(spans, deadline, solves, loop=True)
+
+
+def _model(
+    spans: Spans,
+    deadline: float,
+    solves: int | None,
+    scans: Mapping[int, tuple[Body, Model]] = MappingProxyType({}),
+    loop: bool = False,
+) -> Model:
+    around = {p for i in scans for p in (i, i + 1)}
+    places = sorted({*cuts(spans.flat, spans.sizes, spans.costs), *around})
+    pairs = [(i, j) for i, j in _pairs(places) if j == i + 1 or not any(places[i] <= at < places[j] for at in scans)]
+    found = {(i, j): spans.of(places[i], places[j]) for i, j in pairs}
+    whole = {(i, j): j > i + 1 and (j - i > _TOGETHER or places[j] - places[i] > _EQUATIONS) for i, j in pairs}
     kinds = len({span.shape for at, span in found.items() if not whole[at]})
     options = Options(deadline, solves, most=_TOTAL // max(kinds, 1))
-    ways = {at: options.of(span.shape, whole[at]) for at, span in found.items()}
-    found = {at: span for at, span in found.items() if ways[at].options}
-    edges = [Edge(*at, ways[at].options, ways[at].bounds, ways[at].corners) for at in found]
+    ways = {at: options.of(span.shape, whole[at]) for at, span in found.items() if span.start not in scans}
+    for (i, j), span in found.items():
+        if span.start in scans:
+            ways[i, j] = scan_ways(span.shape, plain(span.shape), *scans[span.start], spans.unit)
+    edges = [_edge(i, j, ways[i, j], loop) for i, j in pairs if ways[i, j].options]
     limit = max(256, min(_LABELS, 2**19 // len(places)))
     frontier = Frontier(len(places), edges, limit=limit)
-    return Model(flat, frontier, found, spans, options, tuple(places))
+    return Model(
+        spans.flat, frontier, {(e.start, e.stop): found[e.start, e.stop] for e in edges}, spans, options, tuple(places)
+    )
+
+
+def _edge(start: int, stop: int, ways: Ways, loop: bool) -> Edge:
+    several = (ways.options, ways.bounds, ways.corners)
+    return Edge(start, stop, *(flattened(options) if loop else options for options in several))
 
 
 def _pairs(places: Sequence[int]) -> list[tuple[int, int]]:

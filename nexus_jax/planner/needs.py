@@ -58,11 +58,12 @@ class Needs:
     named: frozenset[int]
 
 
-def needs_of(flat: Flat, differentiated: Sequence[int]) -> Needs:
-    """Differentiate a flat program whose first output is the loss.
+def needs_of(flat: Flat, differentiated: Sequence[int], results: Sequence[int] = (0,)) -> Needs:
+    """Differentiate a flat program.
 
     Args:
         differentiated: which of its inputs (constants counted).
+        results: which of its results are; the first alone is the loss.
     """
     run = jex.jaxpr_as_fun(jex.ClosedJaxpr(_named(flat), ()))
 
@@ -71,11 +72,11 @@ def needs_of(flat: Flat, differentiated: Sequence[int]) -> Needs:
             filled = list(given)
             for i, x in zip(differentiated, floats, strict=True):
                 filled[i] = x
-            value, *aux = run(*filled)
-            return value, aux
+            outs = run(*filled)
+            return [outs[i] for i in results], [x for i, x in enumerate(outs) if i not in results]
 
-        value, backward, aux = jax.vjp(loss, *(given[i] for i in differentiated), has_aux=True)
-        return [value, *aux], jax.tree.leaves(backward)
+        values, backward, aux = jax.vjp(loss, *(given[i] for i in differentiated), has_aux=True)
+        return [*values, *aux], jax.tree.leaves(backward)
 
     closed = jax.make_jaxpr(forward)(*flats.avals(flat))
     return _read(flats.flatten(closed), flat)

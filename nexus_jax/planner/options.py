@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from nexus_jax.planner.allocate import Option
 from nexus_jax.planner.graph import Choice, Graph, price
-from nexus_jax.planner.solve import Bound, SolverTimeout, Stairs, frontier, optimum
+from nexus_jax.planner.rewrite import Segment
+from nexus_jax.planner.solve import Bound, SolverTimeout, Stairs, frontier
 from nexus_jax.planner.spans import Shape
 
 _SOLVES, _EASY = 40, 5_000  # programs with a limit for a frontier; of many values, fewer: they take longer
@@ -16,9 +17,14 @@ _SOLVES, _EASY = 40, 5_000  # programs with a limit for a frontier; of many valu
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a stretch is run: ``choice`` is None for as it is."""
+    """How a stretch is run: as a boundary that keeps ``choice``, or as it is.
+
+    Attributes:
+        inside: how a step is run, where the stretch is a scan.
+    """
 
     choice: Choice | None
+    inside: tuple[Segment, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +47,6 @@ class Options:
         self.deadline, self.solves, self.most = deadline, solves, min(most, _SOLVES)
         self.known: dict[tuple[Shape, bool], Ways] = {}
         self.solved = 0
-        self.plains: dict[Shape, Option] = {}
 
     def of(self, shape: Shape, whole: bool) -> Ways:
         """Its options; with ``whole``, only to recompute everything. Fewer, once the deadline has passed."""
@@ -52,38 +57,32 @@ class Options:
 
     def _found(self, shape: Shape, whole: bool) -> Ways:
         if shape.effects:
-            return Ways(() if whole else (self.plain(shape),))
+            return Ways(() if whole else (plain(shape),))
         if whole:
             return Ways((of_choice(shape, Choice()),) if makeable(shape.graph) else ())
         self.solved += 1
         solves = self.solves
         if solves is None:
             solves = min(self.most, _EASY // (1 + len(shape.graph.keepable) ** 2))
-        plain = self.plain(shape)
         try:
             stairs = frontier(shape.graph, solves=solves, deadline=self.deadline)
         except SolverTimeout:
             stairs = Stairs((), (Bound(low=0, high=sum(shape.graph.sizes), ticks=0),))
-        found = [plain, *(of_choice(shape, p.choice) for p in stairs.points)]
+        found = [plain(shape), *(of_choice(shape, p.choice) for p in stairs.points)]
         found += [of_choice(shape, choice) for choice in fixed(shape).values()]  # they may need less while they run
         return Ways(
             undominated(found),
-            undominated([plain, *_bounds(shape, stairs.bounds)]),
-            undominated([plain, *_bounds(shape, stairs.corners(also=_both(shape)))]),
+            undominated([plain(shape), *_bounds(shape, stairs.bounds)]),
+            undominated([plain(shape), *_bounds(shape, stairs.corners(also=_both(shape)))]),
         )
 
-    def plain(self, shape: Shape) -> Option:
-        """The stretch as it is: what autodiff keeps, less what a compiler makes again by fusion."""
-        if shape not in self.plains:
-            self.plains[shape] = self._plain(shape)
-        return self.plains[shape]
 
-    def _plain(self, shape: Shape) -> Option:
-        kept = optimum(shape.fused, 0, host=max(sum(shape.fused.sizes), 1))
-        if kept is None:
-            raise ValueError("a value that the backward pass needs has no equation: the program is not whole.")
-        nbytes = shape.crossing + price(shape.fused, kept).host
-        return Option(kept=nbytes, working=shape.transient, ticks=0, what=Way(None))
+def plain(shape: Shape) -> Option:
+    """The stretch as it is: what autodiff keeps. What a compiler makes again by itself is not counted on: a boundary that
+    makes it again costs no more.
+    """
+    kept = sum(shape.graph.sizes[v] for v in shape.graph.needed - shape.graph.free)
+    return Option(kept=shape.crossing + kept, working=shape.transient, ticks=0, what=Way(None))
 
 
 def of_choice(shape: Shape, choice: Choice) -> Option:

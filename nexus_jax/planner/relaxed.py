@@ -36,7 +36,7 @@ def bound(cuts: int, edges: Sequence[Any], budget: int) -> float:
         (np.repeat([1.0, -1.0], n), (np.concatenate([start, stop]), np.tile(np.arange(n), 2))), (cuts, n)
     ).tocsr()[:-1]
     into = lambda values: sparse.coo_array((values / unit, (stop - 1, np.arange(n))), (cuts - 1, n))
-    step = sparse.diags_array([np.ones(cuts - 1), -np.ones(cuts - 2)], offsets=[0, -1])
+    step = sparse.diags_array([np.ones(cuts - 1), -np.ones(cuts - 2)], offsets=(0, -1))  # type: ignore[arg-type]
     equal = sparse.block_array([[flow, None], [-into(kept), step]])
     answer = optimize.linprog(
         np.concatenate([ticks / scale, np.zeros(cuts - 1)]),

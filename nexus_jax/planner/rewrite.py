@@ -24,6 +24,7 @@ class Segment:
     Attributes:
         boundary: whether it is one; else it runs as the user wrote it.
         save, offload: results of its equations, by number among them, that a boundary keeps.
+        inside: how each step is run, of a segment that is one scan and no boundary.
     """
 
     start: int
@@ -31,12 +32,15 @@ class Segment:
     boundary: bool
     save: tuple[int, ...] = ()
     offload: tuple[int, ...] = ()
+    inside: tuple[Segment, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise ValueError(f"a segment goes from start={self.start} to stop={self.stop}: write 0 <= start < stop.")
         if not self.boundary and (self.save or self.offload):
             raise ValueError(f"segment {self.start}: only a boundary keeps values; write boundary = true.")
+        if self.inside and (self.boundary or self.stop != self.start + 1):
+            raise ValueError(f"segment {self.start}: only a scan alone has segments inside, and it is no boundary.")
         both = sorted(set(self.save) & set(self.offload))
         if both:
             raise ValueError(f"segment {self.start}: value {both[0]} is both saved and offloaded.")
@@ -58,6 +62,12 @@ def check(flat: Flat, segments: Sequence[Segment]) -> None:
         for n in (*s.save, *s.offload):
             if not 0 <= n < len(values) or isinstance(values[n], jex.DropVar):
                 raise ValueError(f"segment {s.start} keeps value {n}, which is not there: it has {len(values)} values.")
+        if s.inside:
+            if flat.eqns[s.start].primitive.name != "scan":
+                raise ValueError(
+                    f"segment {s.start} has segments inside, and is {flat.eqns[s.start].primitive.name}, no scan."
+                )
+            check(_body(flat.eqns[s.start]), s.inside)
     if at != len(flat.eqns):
         raise ValueError(f"the segments end at equation {at}, and the program has {len(flat.eqns)}.")
 
@@ -107,8 +117,21 @@ def _used_after(flat: Flat, segments: Sequence[Segment]) -> list[list[Any]]:
     return found[::-1]
 
 
+def _body(scan: Any) -> Flat:
+    return flats.flatten(scan.params["jaxpr"])
+
+
+def _scan(eqn: Any, inside: Sequence[Segment]) -> Any:
+    """A scan whose steps run as the segments say."""
+    old, body = eqn.params["jaxpr"], _body(eqn)
+    closed = jax.make_jaxpr(rewritten(body, inside))(*flats.avals(body))
+    return eqn.replace(params={**eqn.params, "jaxpr": closed if type(old) is type(closed) else closed.jaxpr})
+
+
 def _part(flat: Flat, segment: Segment, outs: list[Any]) -> tuple[Any, list[Any]]:
     eqns = flat.eqns[segment.start : segment.stop]
+    if segment.inside:
+        eqns = [_scan(eqns[0], segment.inside)]
     if segment.boundary:
         values = numbered(flat, segment)
         names = {values[n]: OFFLOAD for n in segment.offload}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jax.extend import core as jex
 
+from nexus_jax.boundary import is_floating
 from nexus_jax.flat import Flat
 from nexus_jax.planner import prices
 from nexus_jax.planner.graph import Graph, Op
@@ -21,7 +22,6 @@ class Shape:
 
     Attributes:
         graph: its values and equations, renumbered.
-        fused: the same, where running an equation again means that a compiler fuses it twice; nothing else may.
         written: values that are written to memory when they are made again.
         crossing: bytes of what later stretches take from this one.
         transient: bytes of gradients that are alive at once inside.
@@ -30,7 +30,6 @@ class Shape:
     """
 
     graph: Graph
-    fused: Graph
     written: frozenset[int]
     crossing: int
     transient: int
@@ -46,6 +45,10 @@ class Span:
     stop: int
     shape: Shape
     values: tuple[int, ...]
+
+
+# What is differentiated into a broadcast: no kernel writes it.
+_BROADCASTS = {"reduce_sum", "reduce_max", "reduce_min"}
 
 
 class Spans:
@@ -87,10 +90,9 @@ class Spans:
         graph = Graph(sizes=sizes, ops=ops, needed=needed, free=free, keepable=keepable - free)
         shape = Shape(
             graph=graph,
-            fused=self._fused(graph, steps),
             written=self._written(steps, local, needed),
             crossing=sum(self.sizes[v] for v in out),
-            transient=self._transient(start, stop) + sum(self.sizes[v] for v in out),
+            transient=self._transient(start, stop, out),
             effects=any(s.eqn.effects for s in steps),
             matmuls=tuple(
                 (local[v], bool(s.eqn.params["dimension_numbers"][1][0]))
@@ -102,15 +104,10 @@ class Spans:
         )
         return Span(start, stop, shape, values)
 
-    def _fused(self, graph: Graph, steps: Sequence[Step]) -> Graph:
-        """Where autodiff keeps a value, a compiler keeps what it is made of by cheap equations, if that is smaller."""
-        keeps = not self.price.is_tpu
-        ops = tuple(
-            dataclasses.replace(op, cost=0, pinned=not prices.is_fused(s.eqn, keeps))
-            for op, s in zip(graph.ops, steps, strict=True)
-        )
-        every = frozenset(range(len(graph.sizes))) - graph.free
-        return dataclasses.replace(graph, ops=ops, keepable=every, transfer=graph.sizes)
+    def has_gradient(self, value: int) -> bool:
+        """Whether a value is made of numbers that can change a little, and of more than one."""
+        aval = self.needs.avals[value]
+        return is_floating(aval) and bool(aval.shape)
 
     def _written(self, steps: Sequence[Step], local: dict[int, int], needed: frozenset[int]) -> frozenset[int]:
         found: set[int] = set()
@@ -121,17 +118,46 @@ class Spans:
                     found.update(local[v] for v in s.ins if local[v] in needed)
         return frozenset(found)
 
-    def _transient(self, start: int, stop: int) -> int:
-        """Gradients of what the heaviest equation takes and makes."""
-        found = 0
-        for eqn in self.flat.eqns[start:stop]:
-            if prices.is_fused(eqn):
-                continue
-            ins = [self.flat.number[v] for v in eqn.invars if not isinstance(v, jex.Literal)]
-            outs = [self.flat.number[v] for v in eqn.outvars]
-            found = max(found, sum(self.sizes[v] for v in (*ins, *outs) if v >= self.inputs))
-        return found
+    def _transient(self, start: int, stop: int, out: Iterable[int]) -> int:
+        """Gradients that are alive at once while these equations are differentiated, last to first.
 
+        A gradient is a buffer where a kernel of its own writes or reads it. What is fused between is no buffer: it holds
+        those that it is made of.
+        """
+        sizes: list[int] = []
+        own: dict[int, frozenset[int]] = {}
+        held: dict[int, frozenset[int]] = {}  # value: the buffers that its gradient is made of
+
+        def buffer(value: int) -> frozenset[int]:
+            sizes.append(self.sizes[value])
+            own[value] = frozenset({len(sizes) - 1})
+            return own[value]
+
+        def alive(*more: frozenset[int]) -> int:
+            return sum(sizes[b] for b in frozenset().union(*held.values(), *more))
+
+        held.update((v, buffer(v)) for v in out if self.has_gradient(v))
+        peak = alive()
+        for eqn in reversed(self.flat.eqns[start:stop]):
+            outs = [self.flat.number[v] for v in eqn.outvars]
+            ins = dict.fromkeys(self.flat.number[v] for v in eqn.invars if not isinstance(v, jex.Literal))
+            wanted = [v for v in ins if v >= self.inputs and self.has_gradient(v)]
+            if prices.is_fused(eqn) or eqn.primitive.name in _BROADCASTS:
+                taken = frozenset().union(*(held.pop(v, frozenset()) for v in outs))
+                made = dict.fromkeys(wanted, taken)
+            else:
+                read = frozenset().union(*(held[v] for v in outs if v in held))
+                if not (self.price.is_tpu and eqn.primitive.name == "dot_general"):  # it reads what is fused into it
+                    written = [own[v] if held[v] == own.get(v) else buffer(v) for v in outs if v in held]
+                    peak = max(peak, alive(*written))
+                    read = frozenset().union(*written)
+                for v in outs:
+                    held.pop(v, None)
+                made = {v: buffer(v) for v in wanted}
+                peak = max(peak, alive(read, *made.values()))
+            for v, buffers in made.items():
+                held[v] = held.get(v, frozenset()) | buffers
+        return peak
 
 def _at(local: dict[int, int], values: Sequence[int]) -> tuple[int, ...]:
     return tuple(local[v] for v in values)
