@@ -18,15 +18,11 @@ import zoo
 
 import nexus_jax as nj
 from nexus_jax import _compat, flops, peak, scopes
-from nexus_jax.planner import loop
 from nexus_jax.planner.baselines import baselines, path_of
 from nexus_jax.planner.graph import Choice
-from nexus_jax.planner.loss import Loss
-from nexus_jax.planner.make import _draft
-from nexus_jax.planner.model import model_of
+from nexus_jax.planner.make import Planner, draft
 from nexus_jax.planner.options import of_choice
-from nexus_jax.planner.plan import Subject
-from nexus_jax.planner.prices import Prices
+from nexus_jax.planner.plan import Infeasible, Subject
 from nexus_jax.program import step_of
 from nexus_jax.targets.compiler import find_target
 
@@ -84,9 +80,9 @@ def fixed_policies(name, model, fn, args):
     """(name, function, arguments) of every fixed policy."""
     subject = Subject.of(model.flat)
     for policy in baselines(model):
-        yield f"{policy.name} x{policy.group}", _draft(subject, model.segments(policy.path)).apply(fn), args
+        yield f"{policy.name} x{policy.group}", draft(subject, model.segments(policy.path)).apply(fn), args
     for policy, path in maxtext(model):
-        yield f"MaxText {policy}", _draft(subject, model.segments(path)).apply(fn), args
+        yield f"MaxText {policy}", draft(subject, model.segments(path)).apply(fn), args
     for policy in OURS:
         yield (policy, *getattr(zoo, name)(policy=policy))
 
@@ -103,39 +99,23 @@ def table(name, target, count, objective):
     """A row for each budget: the plan, and the best fixed policy that fits."""
     fn, args = getattr(zoo, name)()
     judge = Judge(target)
-    loss = Loss(fn, args)
+    planner = Planner(fn, args, target=target, objective=objective)
     start = time.process_time()
-    model = model_of(loss.flat, loss.differentiated((0,)), Prices(judge.target, objective))
+    model = planner.model
     solving = time.process_time() - start
-    subject = Subject.of(model.flat)
-    applied = lambda at: _draft(subject, model.segments(model.frontier.path(at))).apply(fn)
-    plain, base = judge.compiled(fn, args), judge.flops(fn, args)
-    offset = plain - judge.predicted(fn, args)
+    plain, base = planner.before.device_bytes, planner.before.flops
     fixed = list(compiled_policies(name, model, fn, args, judge))
-    guesses, seen = {}, {}
-
-    def predict(at):
-        if at not in guesses:
-            guesses[at] = judge.predicted(applied(at), args)
-        return guesses[at]
-
-    def compiled(at):
-        if at not in seen:
-            seen[at] = judge.compiled(applied(at), args)
-        return seen[at]
-
-    floor = min(compiled(0), *(b for _, b, _ in fixed))
+    floor = min(planner.measured(planner.path(0)).device_bytes, *(b for _, b, _ in fixed))
     rows = []
     for k in range(count):
         budget = floor + (plain - floor) * (k + 1) // (count + 1)
-        found = loop.search(len(model.frontier.peaks), budget, predict, compiled, offset)
         best = min(((f - base, n) for n, b, f in fixed if b <= budget), default=(None, None))
-        plan = found.best and {
-            "bytes": found.best.compiled,
-            "predicted": found.best.predicted,
-            "extra": judge.flops(applied(found.best.at), args) - base,
-            "compiles": 1 + len(found.trials),
-        }
+        try:
+            made = planner.plan(budget)
+            plan = {"bytes": made.device_bytes, "predicted": made.predicted_bytes, "extra": made.extra_flops}
+            plan |= {"gap": made.gap, "compiles": 1 + len(made.trials)}
+        except Infeasible:
+            plan = None
         rows.append({"budget": budget, "plan": plan, "fixed": best[0], "policy": best[1]})
     return {"model": name, "plain": plain, "floor": floor, "flops": base, "solving": solving, "rows": rows}
 

@@ -1,6 +1,7 @@
 """A rewritten program: the same values and gradients, the residuals and the recomputation that the plan says."""
 
 import itertools
+import tomllib
 
 import chex
 import jax
@@ -8,19 +9,21 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+import tomli_w
 from checks import assert_close, unfused
 from flax import nnx
 
 import nexus_jax as nj
 from nexus_jax.planner.graph import Choice
 from nexus_jax.planner.loss import Loss
-from nexus_jax.planner.make import _draft
+from nexus_jax.planner.make import draft
 from nexus_jax.planner.model import model_of
-from nexus_jax.planner.options import Options, of_choice
+from nexus_jax.planner.options import of_choice, plain
 from nexus_jax.planner.plan import PlanMismatch, Subject
 from nexus_jax.planner.prices import Prices
 from nexus_jax.planner.rewrite import Segment, rewritten
 from nexus_jax.planner.solve import trimmed
+from nexus_jax.planner.table import rows_of
 from nexus_jax.targets.compiler import find_target
 
 FLOPS = Prices(find_target(None), "flops")
@@ -32,7 +35,7 @@ def plans(fn, *args, argnums=(0,), solves=4):
     model = model_of(loss.flat, loss.differentiated(argnums), FLOPS, solves=solves)
     last = len(model.frontier.peaks) - 1
     paths = [model.frontier.path(at) for at in sorted({0, last // 3, 2 * last // 3, last})]
-    return model, [(path, _draft(Subject.of(model.flat), model.segments(path))) for path in paths]
+    return model, [(path, draft(Subject.of(model.flat), model.segments(path))) for path in paths]
 
 
 def inner_flops(fn, *args, argnums=0):
@@ -190,7 +193,7 @@ def test_programs_of_every_kind_keep_their_gradients(make):
         effects = any(e.effects for e in model.flat.eqns[start:stop])
         pieces.append(Segment(start=start, stop=stop, boundary=not effects))
     assert any(s.boundary for s in pieces)
-    everything = _draft(Subject.of(model.flat), tuple(pieces))
+    everything = draft(Subject.of(model.flat), tuple(pieces))
     assert_close(plain, unfused(jax.value_and_grad(everything.apply(fn), (0, 1)), w, x), 1e-5)
 
 
@@ -234,7 +237,7 @@ def test_aux_comes_back_as_it_is():
     w, x = jnp.ones((16, 16)) / 16, jnp.ones((8, 16))
     loss = Loss(fn, (w, x))
     model = model_of(loss.flat, loss.differentiated((0,)), FLOPS, solves=4)
-    plan = _draft(Subject.of(model.flat), model.segments(model.frontier.path(0)))
+    plan = draft(Subject.of(model.flat), model.segments(model.frontier.path(0)))
     (value, aux), grad = jax.value_and_grad(plan.apply(fn), has_aux=True)(w, x)
     (value2, aux2), grad2 = jax.value_and_grad(fn, has_aux=True)(w, x)
     assert aux["note"] == "kept"
@@ -248,7 +251,7 @@ def test_a_warm_cache_does_not_hide_the_plan():
     jax.jit(jax.grad(fn))(ws, x)
     nj.residuals(fn, ws, x)
     flat = Loss(fn, (ws, x)).flat
-    plan = _draft(Subject.of(flat), (Segment(start=0, stop=len(flat.eqns), boundary=True),))
+    plan = draft(Subject.of(flat), (Segment(start=0, stop=len(flat.eqns), boundary=True),))
     assert nj.residuals(jax.jit(plan.apply(fn)), ws, x).nbytes < nj.residuals(fn, ws, x).nbytes
     assert nj.flops.count_matmuls(jax.jit(jax.value_and_grad(plan.apply(fn))), ws, x) > nj.flops.count_matmuls(
         jax.grad(fn), ws, x
@@ -262,7 +265,7 @@ def test_another_program_is_refused_with_what_differs():
     fn = lambda w, x: jnp.sum(jnp.sin(x @ w))
     w, x = jnp.ones((16, 16)), jnp.ones((8, 16))
     flat = Loss(fn, (w, x)).flat
-    plan = _draft(Subject.of(flat), (Segment(start=0, stop=len(flat.eqns), boundary=True),))
+    plan = draft(Subject.of(flat), (Segment(start=0, stop=len(flat.eqns), boundary=True),))
     with pytest.raises(PlanMismatch, match=r"array 1 is float32\[9,16\], planned for float32\[8,16\]"):
         plan.apply(fn)(w, jnp.ones((9, 16)))
     with pytest.raises(PlanMismatch, match=r"it has 1 equations cos, planned for 0; it has 0 equations sin"):
@@ -295,5 +298,93 @@ def test_options_of_a_stretch_with_nothing_to_keep():
     fn = lambda w, x: jnp.sum(x @ w)
     loss = Loss(fn, (jnp.ones((16, 16)), jnp.ones((8, 16))))
     model = model_of(loss.flat, loss.differentiated((0,)), FLOPS)
-    assert Options().plain(model.span(0, 1).shape).kept == 0
+    assert plain(model.span(0, 1).shape).kept == 0
     assert model.frontier.ticks[-1] == 0
+
+
+# --- scans -----------------------------------------------------------------------------------------------------------
+
+
+def scanned(layers=4):
+    net = models.ScannedGPT(layers=layers, d=32, heads=4, vocab=64)
+    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 64)
+    params = jax.jit(net.init)(jax.random.key(0), tokens)
+    return (lambda p, t: models.loss_of(net.apply(p, t), t)), params, tokens
+
+
+def test_a_scan_is_planned_inside():
+    fn, params, tokens = scanned()
+    model, found = plans(fn, params, tokens)
+    plain = unfused(jax.value_and_grad(fn), params, tokens)
+    before, most = inner_flops(fn, params, tokens), nj.residuals(fn, params, tokens).nbytes
+    least = most
+    for path, plan in found:
+        [scan] = [s for s in plan.segments if s.inside] or [None]
+        again = inner_flops(plan.apply(fn), params, tokens) - before
+        assert again == pytest.approx(path.ticks * model.spans_of.unit, rel=2e-3, abs=200)
+        kept = nj.residuals(plan.apply(fn), params, tokens).nbytes
+        counted = sum(option.kept for _, option in path.steps)
+        if scan is not None:
+            assert 0.9 * counted < kept < 1.1 * counted
+        least = min(least, kept)
+        assert_close(plain, unfused(jax.value_and_grad(plan.apply(fn)), params, tokens), 1e-5)
+    assert least < most / 4
+    assert found[0][0].ticks > 0
+    assert not found[0][1].does_nothing
+    rows = [row for row in rows_of(model, found[0][0]) if "layers/block" in row.where]
+    assert len(rows) > 3
+    assert {row.count for row in rows} == {4}  # each holds for every step
+
+
+def test_a_plan_of_a_scan_survives_its_file(tmp_path):
+    fn, params, tokens = scanned()
+    _, found = plans(fn, params, tokens)
+    plan = found[0][1]
+    assert any(s.inside for s in plan.segments)
+    plan.save(tmp_path / "plan.toml")
+    assert nj.Plan.load(tmp_path / "plan.toml") == plan
+    edited = tomllib.loads((tmp_path / "plan.toml").read_text())
+    next(s for s in edited["segment"] if "inside" in s)["inside"][0]["start"] = 1
+    (tmp_path / "plan.toml").write_text(tomli_w.dumps(edited))
+    with pytest.raises(ValueError, match=r"segment \d+, inside 1 should start at equation 0"):
+        nj.Plan.load(tmp_path / "plan.toml")
+
+
+def test_segments_inside_are_those_of_a_scan():
+    with pytest.raises(ValueError, match="only a scan alone has segments inside"):
+        Segment(start=0, stop=2, boundary=False, inside=(Segment(start=0, stop=1, boundary=True),))
+    fn, params, tokens = scanned()
+    loss = Loss(fn, (params, tokens))
+    wrong = [Segment(start=0, stop=1, boundary=False, inside=(Segment(start=0, stop=1, boundary=True),))]
+    wrong.append(Segment(start=1, stop=len(loss.flat.eqns), boundary=False))
+    with pytest.raises(ValueError, match=r"has segments inside, and is .*, no scan"):
+        rewritten(loss.flat, wrong)
+
+
+def test_an_inner_loop_with_effects_or_without_gradients_is_left_alone():
+    def fn(w, x, n):
+        step = lambda c, _: (jnp.tanh(c @ w), jax.debug.print("{}", c[0, 0]))
+        c, _ = jax.lax.scan(step, x, None, length=3)
+        total, _ = jax.lax.scan(lambda t, _: (t + 1.0, None), n, None, length=5)
+        return jnp.sum(c) + total
+
+    args = jnp.ones((8, 8)), jnp.ones((4, 8)), jnp.zeros(())
+    _, found = plans(fn, *args)
+    assert not any(s.inside for _, plan in found for s in plan.segments)
+
+
+def test_scans_backwards_with_stacked_inputs_and_results():
+    def fn(ws, x):
+        def step(carry, w):
+            y = jnp.tanh(carry @ w)
+            return y, jnp.sin(y)
+
+        c, ys = jax.lax.scan(step, x, ws, reverse=True)
+        return jnp.sum(c**2) + jnp.sum(ys**3)
+
+    args = jax.random.normal(jax.random.key(0), (5, 8, 8)), jax.random.normal(jax.random.key(1), (4, 8))
+    _, found = plans(fn, *args)
+    assert any(s.inside for _, plan in found for s in plan.segments)
+    for _, plan in found:
+        assert_close(jax.grad(fn)(*args), jax.grad(plan.apply(fn))(*args), 1e-5)
+        jax.tree.map(np.testing.assert_array_equal, fn(*args), plan.apply(fn)(*args))

@@ -27,7 +27,8 @@ def save(plan: Plan, path: str | pathlib.Path) -> None:
 
 
 def _segment(segment: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in segment.items() if v != ()}
+    found = {k: v for k, v in segment.items() if v != ()}
+    return {**found, "inside": [_segment(s) for s in found["inside"]]} if "inside" in found else found
 
 
 def load(path: str | pathlib.Path) -> Plan:
@@ -54,15 +55,23 @@ def _plan(data: dict[str, Any]) -> Plan:
     subject["inputs"] = tuple(_required(subject, "inputs", list))
     subject["ops"] = tuple(sorted(_required(subject, "ops", dict).items()))
     data["subject"] = _made(Subject, subject, "subject.")
-    segments = [_made(Segment, _numbers(s), f"segment {n}: ") for n, s in enumerate(_pop(data, "segment"))]
-    for before, after in zip([None, *segments], segments, strict=False):
-        start = before.stop if before else 0
-        if after.start != start:
-            raise ValueError(f"segment {after.start} should start at equation {start}: segments follow one another.")
-    data["segments"] = tuple(segments)
+    data["segments"] = _segments(_pop(data, "segment"), "segment")
     data["rows"] = tuple(_made(Row, r, f"row {n}: ") for n, r in enumerate(_pop(data, "row")))
     data["trials"] = tuple(tuple(t) for t in data.get("trials", ()))
     return _made(Plan, data, "")
+
+
+def _segments(tables: list[dict[str, Any]], prefix: str) -> tuple[Segment, ...]:
+    found = []
+    for n, table in enumerate(tables):
+        where = f"{prefix} {n}"
+        inside = _segments(_pop(table, "inside"), f"{where}, inside")
+        found.append(_made(Segment, {**_numbers(table), "inside": inside}, f"{where}: "))
+    for before, after in zip([None, *found], found, strict=False):
+        start = before.stop if before else 0
+        if after.start != start:
+            raise ValueError(f"{prefix} {after.start} should start at equation {start}: segments follow one another.")
+    return tuple(found)
 
 
 def _pop(data: dict[str, Any], key: str) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +12,8 @@ from typing import Any
 from nexus_jax import peak, report
 from nexus_jax.measure import Measurement, measure
 from nexus_jax.planner import loop, table
+from nexus_jax.planner.allocate import Path
+from nexus_jax.planner.baselines import baselines
 from nexus_jax.planner.budget import budget_of
 from nexus_jax.planner.loss import Loss
 from nexus_jax.planner.model import Model, model_of, results
@@ -18,6 +22,8 @@ from nexus_jax.planner.prices import OBJECTIVES, Objective, Prices
 from nexus_jax.planner.rewrite import Segment
 from nexus_jax.program import step_of
 from nexus_jax.targets.compiler import Target, find_target
+
+_DOUBT = 0.1  # a fixed policy is predicted to take so much more than it does, at most
 
 
 def plan(
@@ -67,68 +73,175 @@ def plan(
         >>> found.does_nothing, found.device_bytes == found.unplanned_bytes
         (True, True)
     """
-    where = find_target(target)
-    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    if objective not in OBJECTIVES:
-        raise ValueError(f'objective={objective!r}: write "seconds" or "flops".')
     if time_limit is not None and not (isinstance(time_limit, int | float) and time_limit > 0):
         raise ValueError(f"time_limit={time_limit!r}: write seconds, more than 0.")
-    deadline = math.inf if time_limit is None else time.monotonic() + time_limit
-    budget = budget_of(memory_budget, where, None if where.sheet is None else where.sheet.usable_bytes)
-    measured = lambda f: measure(f, *args, target=where, argnums=argnums, has_aux=has_aux)
-    before = measured(fn)
-    loss = Loss(fn, args)
-    if before.device_bytes <= budget:
-        return _nothing(loss, before, budget, objective)
-    price = Prices(where, "flops" if where.sheet is None else objective)
-    model = model_of(loss.flat, loss.differentiated(numbers), price, deadline=deadline)
-    maker = _Maker(fn, args, numbers, has_aux, where, model, measured)
-    maker.base = before.device_bytes - model.plain
-    offset = before.device_bytes - maker.predicted_of(fn, model.plain)
-    found = loop.search(len(model.frontier.peaks), budget, maker.predict, maker.compiled, offset)
-    if found.best is None:
-        raise _infeasible(budget, where, found, before)
-    return _plan(loss, model, maker, found, budget, before)
+    planner = Planner(fn, args, target=target, argnums=argnums, has_aux=has_aux, objective=objective)
+    return planner.plan(memory_budget, time_limit)
 
 
-class _Maker:
-    """Plans of a frontier by number: predicted and compiled, each once."""
+class Planner:
+    """Plans of one step for several budgets: what is solved, predicted and compiled is so once.
 
-    def __init__(self, fn: Any, args: Any, argnums: Any, has_aux: bool, target: Target, model: Model, measured: Any):
-        self.fn, self.args, self.argnums, self.has_aux = fn, args, argnums, has_aux
-        self.target, self.model, self.measured = target, model, measured
-        self.subject = Subject.of(model.flat)
-        self.base = results(model.flat, model.spans_of.sizes)
-        self.predictions: dict[int, int] = {}
-        self.measurements: dict[int, Measurement] = {}
+    Args are those of :func:`plan`.
+    """
 
-    def applied(self, at: int) -> Callable[..., Any]:
-        return _draft(self.subject, self.segments(at)).apply(self.fn)
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        args: Sequence[Any],
+        *,
+        target: str | Target | None = None,
+        argnums: int | Sequence[int] = 0,
+        has_aux: bool = False,
+        objective: Objective = "seconds",
+    ):
+        if objective not in OBJECTIVES:
+            raise ValueError(f'objective={objective!r}: write "seconds" or "flops".')
+        self.fn, self.args, self.has_aux = fn, tuple(args), has_aux
+        self.target = find_target(target)
+        self.argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        self.objective: Objective = "flops" if self.target.sheet is None else objective
+        self.deadline = math.inf
+        self._predictions: dict[tuple[Segment, ...], int] = {}
+        self._measurements: dict[tuple[Segment, ...], Measurement] = {}
 
-    def segments(self, at: int) -> tuple[Segment, ...]:
-        return self.model.segments(self.model.frontier.path(at))
+    def plan(self, memory_budget: int | str, time_limit: float | None = None) -> Plan:
+        """The plan for a budget (:func:`plan`)."""
+        sheet = self.target.sheet
+        budget = budget_of(memory_budget, self.target, None if sheet is None else sheet.usable_bytes)
+        self.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+        if self.before.device_bytes <= budget:
+            return self._nothing(budget)
+        found = loop.search(
+            len(self.model.frontier.peaks),
+            budget,
+            lambda at: self.predicted(self.path(at)),
+            lambda at: self.measured(self.path(at)).device_bytes,
+            self.offset,
+        )
+        tried = [self.path(t.at) for t in found.trials]
+        best = None if found.best is None else self.path(found.best.at)
+        best = self._fixed(budget, best, tried) or best
+        if best is None:
+            raise self._infeasible(budget)
+        return self._written(best, budget, tried)
 
-    def predicted_of(self, fn: Callable[..., Any], peak_bytes: int) -> int:
+    @functools.cached_property
+    def loss(self) -> Loss:
+        return Loss(self.fn, self.args)
+
+    @functools.cached_property
+    def before(self) -> Measurement:
+        """The step without a plan."""
+        return self._measure(self.fn)
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """What the solver knows of the step."""
+        price = Prices(self.target, self.objective)
+        return model_of(self.loss.flat, self.loss.differentiated(self.argnums), price, deadline=self.deadline)
+
+    @functools.cached_property
+    def subject(self) -> Subject:
+        return Subject.of(self.loss.flat)
+
+    @functools.cached_property
+    def offset(self) -> int:
+        """How much more the compiled step takes than predicted."""
+        return self.before.device_bytes - self._predict(self.fn, self.model.plain)
+
+    def path(self, at: int) -> Path:
+        """Point ``at`` of the frontier."""
+        return self.model.frontier.path(at)
+
+    def applied(self, path: Path) -> Callable[..., Any]:
+        """The loss, run as a path says."""
+        return draft(self.subject, self.model.segments(path)).apply(self.fn)
+
+    def predicted(self, path: Path) -> int:
+        """Device bytes of a path, without a compile."""
+        key = self.model.segments(path)
+        if key not in self._predictions:
+            self._predictions[key] = self._predict(self.applied(path), path.peak)
+        return self._predictions[key]
+
+    def measured(self, path: Path) -> Measurement:
+        """A path, compiled."""
+        key = self.model.segments(path)
+        if key not in self._measurements:
+            self._measurements[key] = self._measure(self.applied(path))
+        return self._measurements[key]
+
+    def _measure(self, fn: Callable[..., Any]) -> Measurement:
+        return measure(fn, *self.args, target=self.target, argnums=self.argnums, has_aux=self.has_aux)
+
+    def _predict(self, fn: Callable[..., Any], peak_bytes: int) -> int:
         """By the model of the compiler, where there is one; else by the planner's own."""
-        if self.target.platform not in ("tpu", "cuda"):
-            return peak_bytes + self.base
-        program = step_of(fn, self.args, self.argnums, self.has_aux)
-        if program.mesh is not None:
-            return peak_bytes + self.base
-        return peak.predict(program, self.target).device_bytes
+        if self.target.platform in ("tpu", "cuda"):
+            program = step_of(fn, self.args, self.argnums, self.has_aux)
+            if program.mesh is None:
+                return peak.predict(program, self.target).device_bytes
+        return peak_bytes + results(self.model.flat, self.model.spans_of.sizes)
 
-    def predict(self, at: int) -> int:
-        if at not in self.predictions:
-            self.predictions[at] = self.predicted_of(self.applied(at), self.model.frontier.peaks[at])
-        return self.predictions[at]
+    def _fixed(self, budget: int, best: Path | None, tried: list[Path]) -> Path | None:
+        """A fixed policy that fits and is faster, where the model was wrong about one; adds to what was ``tried``."""
+        pool = {p.path.ticks: p.path for p in baselines(self.model) if best is None or p.path.ticks < best.ticks}
+        for ticks in sorted(pool):
+            path = pool[ticks]
+            if len(tried) == loop.COMPILES - 1:
+                break
+            if path.peak <= budget and self.predicted(path) <= budget * (1 + _DOUBT):
+                tried.append(path)
+                if self.measured(path).device_bytes <= budget:
+                    return path
+        return None
 
-    def compiled(self, at: int) -> int:
-        if at not in self.measurements:
-            self.measurements[at] = self.measured(self.applied(at))
-        return self.measurements[at].device_bytes
+    def _nothing(self, budget: int) -> Plan:
+        before = self.before
+        return dataclasses.replace(
+            draft(self.subject, (Segment(start=0, stop=len(self.loss.flat.eqns), boundary=False),)),
+            target=before.target,
+            objective=self.objective,
+            budget=budget,
+            device_bytes=before.device_bytes,
+            host_bytes=before.host_bytes,
+            predicted_bytes=before.device_bytes,
+            unplanned_bytes=before.device_bytes,
+            step_flops=before.flops,
+        )
+
+    def _written(self, path: Path, budget: int, tried: Sequence[Path]) -> Plan:
+        before, after = self.before, self.measured(path)
+        bound = self.model.frontier.bound(path.peak) or 0
+        return Plan(
+            subject=self.subject,
+            segments=self.model.segments(path),
+            target=before.target,
+            objective=self.objective,
+            budget=budget,
+            device_bytes=after.device_bytes,
+            host_bytes=after.host_bytes,
+            predicted_bytes=self.predicted(path),
+            unplanned_bytes=before.device_bytes,
+            extra_flops=after.flops - before.flops,
+            step_flops=before.flops,
+            gap=max(0.0, 1 - bound / path.ticks) if path.ticks else 0.0,
+            cost=path.ticks * self.model.spans_of.unit,
+            trials=tuple((self.predicted(p), self.measured(p).device_bytes) for p in tried),
+            rows=table.rows_of(self.model, path),
+        )
+
+    def _infeasible(self, budget: int) -> Infeasible:
+        smallest = min(m.device_bytes for m in self._measurements.values())
+        return Infeasible(
+            f"memory_budget={budget} ({report.size(budget)}) is too small on {self.target.name}: the step takes "
+            f"{report.size(self.before.device_bytes)} as it is and {report.size(smallest)} at least; write "
+            f"memory_budget={smallest} or more, or make the batch smaller.",
+            smallest,
+        )
 
 
-def _draft(subject: Subject, segments: tuple[Segment, ...]) -> Plan:
+def draft(subject: Subject, segments: tuple[Segment, ...]) -> Plan:
     numbers = ("budget", "device_bytes", "host_bytes", "predicted_bytes", "unplanned_bytes", "extra_flops")
     return Plan(
         subject=subject,
@@ -139,59 +252,4 @@ def _draft(subject: Subject, segments: tuple[Segment, ...]) -> Plan:
         gap=0.0,
         cost=0,
         **dict.fromkeys(numbers, 0),
-    )
-
-
-def _nothing(loss: Loss, before: Measurement, budget: int, objective: str) -> Plan:
-    flat = loss.flat
-    return Plan(
-        subject=Subject.of(flat),
-        segments=(Segment(start=0, stop=len(flat.eqns), boundary=False),),
-        target=before.target,
-        objective=objective,
-        budget=budget,
-        device_bytes=before.device_bytes,
-        host_bytes=before.host_bytes,
-        predicted_bytes=before.device_bytes,
-        unplanned_bytes=before.device_bytes,
-        extra_flops=0,
-        step_flops=before.flops,
-        gap=0.0,
-        cost=0,
-    )
-
-
-def _plan(loss: Loss, model: Model, maker: _Maker, found: loop.Found, budget: int, before: Measurement) -> Plan:
-    best = found.best
-    if best is None:
-        raise ValueError("there is no plan to write down.")
-    path = model.frontier.path(best.at)
-    after = maker.measurements[best.at]
-    bound = model.frontier.bound(path.peak) or 0
-    return Plan(
-        subject=maker.subject,
-        segments=model.segments(path),
-        target=before.target,
-        objective=model.spans_of.price.objective,
-        budget=budget,
-        device_bytes=after.device_bytes,
-        host_bytes=after.host_bytes,
-        predicted_bytes=best.predicted,
-        unplanned_bytes=before.device_bytes,
-        extra_flops=after.flops - before.flops,
-        step_flops=before.flops,
-        gap=max(0.0, 1 - bound / path.ticks) if path.ticks else 0.0,
-        cost=path.ticks * model.spans_of.unit,
-        trials=tuple((t.predicted, t.compiled) for t in found.trials),
-        rows=table.rows_of(model, path),
-    )
-
-
-def _infeasible(budget: int, target: Target, found: loop.Found, before: Measurement) -> Infeasible:
-    smallest = next(t.compiled for t in found.trials if t.at == 0)
-    return Infeasible(
-        f"memory_budget={budget} ({report.size(budget)}) is too small on {target.name}: the step takes "
-        f"{report.size(before.device_bytes)} as it is and {report.size(smallest)} at least; write memory_budget={smallest} "
-        "or more, or make the batch smaller.",
-        smallest,
     )

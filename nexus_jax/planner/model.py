@@ -35,6 +35,7 @@ class Model:
     Attributes:
         frontier: every undominated (peak, time). Peaks are bytes beside arguments and results; times are ticks.
         spans: what each edge of the frontier is.
+        bodies: of the scans that were opened, by the position of their equation.
         spans_of: makes them.
     """
 
@@ -44,6 +45,7 @@ class Model:
     spans_of: Spans
     options: Options
     cuts: tuple[int, ...]
+    bodies: dict[int, Model]
 
     @functools.cached_property
     def plain(self) -> int:
@@ -78,7 +80,8 @@ class Model:
     def _segment(self, span: Span, option: Option) -> Segment:
         way = option.what
         if way.choice is None:
-            return Segment(start=span.start, stop=span.stop, boundary=False, inside=way.inside)
+            inside = () if way.inside is None else self.bodies[span.start].segments(way.inside)
+            return Segment(start=span.start, stop=span.stop, boundary=False, inside=inside)
         eqns = self.flat.eqns[span.start : span.stop]
         at = {self.flat.number[v]: n for n, v in enumerate(v for eqn in eqns for v in eqn.outvars)}
         place = lambda values: tuple(sorted(at[span.values[v]] for v in values))
@@ -134,9 +137,9 @@ def _model(
     edges = [_edge(i, j, ways[i, j], loop) for i, j in pairs if ways[i, j].options]
     limit = max(256, min(_LABELS, 2**19 // len(places)))
     frontier = Frontier(len(places), edges, limit=limit)
-    return Model(
-        spans.flat, frontier, {(e.start, e.stop): found[e.start, e.stop] for e in edges}, spans, options, tuple(places)
-    )
+    kept = {(e.start, e.stop): found[e.start, e.stop] for e in edges}
+    inside = {i: model for i, (_, model) in scans.items()}
+    return Model(spans.flat, frontier, kept, spans, options, tuple(places), inside)
 
 
 def _edge(start: int, stop: int, ways: Ways, loop: bool) -> Edge:

@@ -6,9 +6,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from nexus_jax.planner.allocate import Option
+from nexus_jax.planner.allocate import Option, Path
 from nexus_jax.planner.graph import Choice, Graph, price
-from nexus_jax.planner.rewrite import Segment
 from nexus_jax.planner.solve import Bound, SolverTimeout, Stairs, frontier
 from nexus_jax.planner.spans import Shape
 
@@ -20,11 +19,11 @@ class Way:
     """How a stretch is run: as a boundary that keeps ``choice``, or as it is.
 
     Attributes:
-        inside: how a step is run, where the stretch is a scan.
+        inside: how a step is run, where the stretch is a scan: a path of the model of its body.
     """
 
     choice: Choice | None
-    inside: tuple[Segment, ...] = ()
+    inside: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Plan:
     @property
     def does_nothing(self) -> bool:
         """Whether the step fits as it is."""
-        return not any(s.boundary for s in self.segments)
+        return not any(s.boundary or s.inside for s in self.segments)
 
     def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """``fn`` with the same arguments and results, whose backward pass keeps what the plan says.

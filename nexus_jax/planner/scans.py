@@ -93,14 +93,11 @@ def ways(shape: Shape, plain: Option, body: Body, model: Any, unit: int) -> Ways
     count = len(frontier.peaks)
     for at in sorted({round(k * (count - 1) / min(_MOST, count)) for k in range(min(_MOST, count) + 1)}):
         path = frontier.path(at)
-        segments = model.segments(path)
-        if not any(s.boundary for s in segments):
+        if not any(option.what.choice is not None for _, option in path.steps):
             continue
         kept, ticks = outside + steps * path.peak, -(-steps * path.ticks * inner // unit)
         found.append(
-            Option(
-                kept=kept, working=_working(model, path) + shape.transient, ticks=ticks, what=Way(None, inside=segments)
-            )
+            Option(kept=kept, working=_working(model, path) + shape.transient, ticks=ticks, what=Way(None, inside=path))
         )
     for below, above in itertools.pairwise(frontier.peaks):
         least = frontier.bound(above - 1)

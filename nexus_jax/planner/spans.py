@@ -159,5 +159,6 @@ class Spans:
                 held[v] = held.get(v, frozenset()) | buffers
         return peak
 
+
 def _at(local: dict[int, int], values: Sequence[int]) -> tuple[int, ...]:
     return tuple(local[v] for v in values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -21,11 +22,23 @@ def rows_of(model: Model, path: Path) -> tuple[Row, ...]:
     found: dict[tuple[Any, ...], Row] = {}
     for edge, option in path.steps:
         span = model.span(edge.start, edge.stop)
-        for row in _rows(model, span, option):
+        inside = option.what.inside
+        if inside is not None:
+            rows = [_of_scan(model, span, row) for row in rows_of(model.bodies[span.start], inside)]
+        else:
+            rows = _rows(model, span, option)
+        for row in rows:
             key = (row.where, row.op, row.kind, row.decision, row.reason, row.cost)
-            count = found[key].count + 1 if key in found else 1
+            count = row.count + (found[key].count if key in found else 0)
             found[key] = Row(**{**_fields(row), "count": count})
     return tuple(found.values())
+
+
+def _of_scan(model: Model, span: Span, row: Row) -> Row:
+    """A line about the body of a scan: it holds for every step."""
+    eqn = model.flat.eqns[span.start]
+    where = "/".join(part for part in (_path(eqn), row.where) if part and part != "outside modules")
+    return dataclasses.replace(row, where=where or "outside modules", count=row.count * eqn.params["length"])
 
 
 def _fields(row: Row) -> dict[str, Any]:
