@@ -215,3 +215,11 @@ def test_the_search_is_exact_where_predictions_are_off_by_a_constant():
     for budget in range(20, 320, 7):
         found = loop.search(100, budget, lambda at: 3 * at, lambda at: 3 * at + 20)
         assert found.best.at == min((budget - 20) // 3, 99) or found.best.compiled >= loop.NEAR * budget
+
+
+def test_the_search_settles_where_predictions_get_worse_as_it_backs_off():
+    budget = 737
+    overlooked = lambda spare: 80 if spare < 80 else 96 if spare < 96 else 98 if spare < 98 else 99
+    true = [at + overlooked(budget - at) for at in range(budget)]
+    found = loop.search(budget, budget, lambda at: at, lambda at: true[at])
+    assert 0.97 * budget < found.best.compiled <= budget

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 COMPILES = 6  # at most, the step without a plan among them
 NEAR = 0.98  # of the budget: nearer is not looked for
+_MARGIN = 0.01  # of the budget, after two plans that did not fit; four times as much after three
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,9 @@ def search(
     low, high = -1, count  # the last that fits, the first that does not
     while len(trials) < compiles and high - low > 1:
         last = len(trials) == compiles - 1
-        at = 0 if last and low < 0 else _largest(low + 1, high - 1, lambda i: predict(i) + offset <= budget)
+        over = sum(t.compiled > budget for t in trials.values())
+        aim = budget * (1 - _MARGIN * max(0, over - 1) ** 2)
+        at = 0 if last and low < 0 else _largest(low + 1, high - 1, lambda i: predict(i) + offset <= aim)
         if at is None:
             if low >= 0:
                 break  # nothing faster is predicted to fit
