@@ -123,6 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     made["plan"].add_argument("--budget", required=True, metavar="SIZE", help="12GiB, 16GB, or 90%% of the target's")
     made["plan"].add_argument("--out", type=pathlib.Path, metavar="FILE", help="write the plan as TOML")
+    made["plan"].add_argument(
+        "--picture",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="draw what memory buys: all plans, fixed policies (.png, .svg)",
+    )
     made["plan"].add_argument("--time-limit", type=float, help="seconds for the solver")
     diff = commands.add_parser("diff", help="what changed between two reports of compare --json")
     diff.add_argument("before", type=pathlib.Path)
@@ -293,7 +299,7 @@ def _engaged(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from nexus_jax.planner import plan
+    from nexus_jax.planner import Planner, picture
 
     if args.policy:
         raise ValueError("a plan takes the place of a policy: leave --policy out.")
@@ -302,9 +308,12 @@ def _plan(args: argparse.Namespace) -> int:
     loss, arguments = workload("none" if "policy" in workload.parameters else None)
     target = _single_target(args)
     with _libraries_silenced():
-        found = plan(loss, *arguments, memory_budget=args.budget, target=target, time_limit=args.time_limit)
+        planner = Planner(loss, arguments, target=target)
+        found = planner.plan(args.budget, args.time_limit)
     if args.out:
         found.save(args.out)
+    if args.picture:
+        picture.draw(planner, found, args.picture)
     figures = ("target", "objective", "budget", "device_bytes", "host_bytes", "predicted_bytes", "unplanned_bytes")
     machine = {name: getattr(found, name) for name in (*figures, "extra_flops", "step_flops", "gap", "trials")}
     _show(args, found, machine)

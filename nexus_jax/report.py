@@ -193,3 +193,17 @@ def _kept_anyway(arguments: Sequence[Any]) -> list[str]:
         "constant": "of constants: compilers fold them, or make them again",
     }
     return [f"not counted: {size(sum(r.nbytes for r in rs))} {about[kind]}" for kind, rs in kinds.items() if rs]
+
+
+def matplotlib() -> tuple[Any, Any]:
+    """matplotlib, and its Figure.
+
+    Raises:
+        RuntimeError: it is not installed (says what to install).
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure  # without pyplot: no window, no state that outlives the picture
+    except ImportError:
+        raise RuntimeError('pictures need matplotlib: pip install "nexus-jax[pictures]".') from None
+    return matplotlib, Figure

@@ -1,5 +1,6 @@
 """The planner: a budget in bytes in, the fastest plan that fits out."""
 
+from nexus_jax.planner.make import Planner as Planner
 from nexus_jax.planner.make import plan as plan
 from nexus_jax.planner.plan import Infeasible as Infeasible
 from nexus_jax.planner.plan import Plan as Plan

@@ -104,6 +104,7 @@ class Planner:
         self.deadline = math.inf
         self._predictions: dict[tuple[Segment, ...], int] = {}
         self._measurements: dict[tuple[Segment, ...], Measurement] = {}
+        self._paths: dict[tuple[Segment, ...], Path] = {}
 
     def plan(self, memory_budget: int | str, time_limit: float | None = None) -> Plan:
         """The plan for a budget (:func:`plan`)."""
@@ -170,7 +171,22 @@ class Planner:
         key = self.model.segments(path)
         if key not in self._measurements:
             self._measurements[key] = self._measure(self.applied(path))
+            self._paths[key] = path
         return self._measurements[key]
+
+    def compiled(self) -> list[tuple[Path, int]]:
+        """Every path that was compiled, and its device bytes."""
+        return [(self._paths[key], m.device_bytes) for key, m in self._measurements.items()]
+
+    def path_of(self, plan: Plan) -> Path:
+        """The path of a plan of this planner.
+
+        Raises:
+            ValueError: it made no such plan.
+        """
+        if plan.segments not in self._paths:
+            raise ValueError("this planner did not make that plan.")
+        return self._paths[plan.segments]
 
     def _measure(self, fn: Callable[..., Any]) -> Measurement:
         return measure(fn, *self.args, target=self.target, argnums=self.argnums, has_aux=self.has_aux)

@@ -63,7 +63,10 @@ class Prices:
         return flops.count_jaxpr(self.like.replace(invars=inputs, outvars=eqn.outvars, eqns=[eqn])).flops
 
     def picoseconds_of(self, eqn: Any) -> int:
-        """Time of an equation at best: its FLOPs, or its way through memory if it is a kernel of its own."""
+        """Time of an equation at best: its FLOPs, or its way through memory if it is a kernel of its own.
+
+        What is fused has no such way: the kernel that it is made in reads where it would have read what was kept.
+        """
         sheet = self.target.sheet
         count = self.flops_of(eqn)
         if sheet is None:
@@ -73,8 +76,6 @@ class Prices:
         if not is_fused(eqn):
             moved = sum(nbytes(v.aval) for v in (*eqn.invars, *eqn.outvars))
             seconds = max(seconds, moved / sheet.memory_bandwidth)
-        elif not is_view(eqn):  # it rides on a kernel that writes something; half its result is a fair share
-            seconds = max(seconds, sum(nbytes(v.aval) for v in eqn.outvars) / 2 / sheet.memory_bandwidth)
         return math.ceil(seconds * 1e12)
 
     def cost_of(self, eqn: Any) -> int:

@@ -42,7 +42,7 @@ def draw(lines: Mapping[str, Timeline], path: str | os.PathLike[str], capacity: 
         raise ValueError(f"path={str(path)!r}: write a name that ends in .png or .svg.")
     if capacity is not None and not capacity > 0:
         raise ValueError(f"{capacity=} must be a positive number of bytes, or None.")
-    matplotlib, figure = _matplotlib()
+    matplotlib, figure = report.matplotlib()
     # Text stays text in an SVG, and the same step gives the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nexus-jax", "font.size": 9}):
         tall = _HEIGHT + _STRIP * len(lines) + 0.6 * max(0, len(lines) - 6)
@@ -50,15 +50,6 @@ def draw(lines: Mapping[str, Timeline], path: str | os.PathLike[str], capacity: 
         _fill(made, {name or "the step": t for name, t in lines.items()}, capacity)
         dated = {"Date": None} if path.suffix.lower() == ".svg" else {}
         made.savefig(path, dpi=150, metadata=dated)
-
-
-def _matplotlib() -> tuple[Any, Any]:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure  # without pyplot: no window, no state that outlives the picture
-    except ImportError:
-        raise RuntimeError('pictures need matplotlib: pip install "nexus-jax[pictures]".') from None
-    return matplotlib, Figure
 
 
 def _fill(figure: Any, lines: Mapping[str, Timeline], capacity: int | None) -> None:
