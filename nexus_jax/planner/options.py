@@ -48,7 +48,7 @@ class Options:
         self.solved = 0
 
     def of(self, shape: Shape, whole: bool) -> Ways:
-        """Its options; with ``whole``, only to recompute everything. Fewer, once the deadline has passed."""
+        """Its options; with ``whole``, only the fixed policies. Fewer, once the deadline has passed."""
         key = (shape, whole)
         if key not in self.known:
             self.known[key] = self._found(shape, whole)
@@ -58,7 +58,7 @@ class Options:
         if shape.effects:
             return Ways(() if whole else (plain(shape),))
         if whole:
-            return Ways((of_choice(shape, Choice()),) if makeable(shape.graph) else ())
+            return Ways(undominated([of_choice(shape, choice) for choice in fixed(shape).values()]))
         self.solved += 1
         solves = self.solves
         if solves is None:
