@@ -248,11 +248,12 @@ class Planner:
         )
 
     def _infeasible(self, budget: int) -> Infeasible:
-        smallest = min(m.device_bytes for m in self._measurements.values())
+        before = self.before.device_bytes
+        smallest = min([before, *(m.device_bytes for m in self._measurements.values())])
+        least = "and no plan takes less" if smallest == before else f"and {report.size(smallest)} at least"
         return Infeasible(
             f"memory_budget={budget} ({report.size(budget)}) is too small on {self.target.name}: the step takes "
-            f"{report.size(self.before.device_bytes)} as it is and {report.size(smallest)} at least; write "
-            f"memory_budget={smallest} or more, or make the batch smaller.",
+            f"{report.size(before)} as it is {least}; write memory_budget={smallest} or more, or make the batch smaller.",
             smallest,
         )
 
