@@ -15,10 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import core as jex
 
+from nexus_jax.flat import Flat, flatten
 from nexus_jax.offloading import transfer
 from nexus_jax.policy.places import checkpoint_by_name
-from nexus_jax.policy.rules import Policy
+from nexus_jax.policy.rules import Policy, Whole
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,6 +166,51 @@ def checkpointed(policy: Policy) -> Callable[..., Any]:
         if policy.recomputes_everything:
             return flat.result(jax.checkpoint(flat.body)(*flat.arrays))
         return flat.result(checkpoint_by_name(flat.body, flat.arrays, flat.is_weight, policy))
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """A call of a model that is about to be differentiated, as a program of arrays.
+
+    Attributes:
+        flat: the program; its first inputs are what the call closes over.
+        differentiated: which of its inputs are.
+        model: its class.
+    """
+
+    flat: Flat
+    differentiated: tuple[int, ...]
+    model: type
+
+
+def planned(whole: Whole, model: type) -> Callable[..., Any]:
+    """``run(fun, weights, rest)``: ``fun(weights, rest)``, differentiated as ``whole`` says.
+
+    A call that nobody differentiates runs as it is, and nothing is asked.
+    """
+
+    def run(fun: Callable[..., Any], weights: Any, rest: Any) -> Any:
+        given = _Flat(fun, weights, rest)
+        closed = jax.make_jaxpr(given.body)(*given.arrays)
+        flat = flatten(closed)
+        call = jax.custom_jvp(lambda *arrays: jex.jaxpr_as_fun(jex.ClosedJaxpr(flat.jaxpr, ()))(*arrays))
+
+        def rule(primals: Any, tangents: Any) -> Any:
+            moving = tuple(i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero))
+            program = whole.program(Call(flat, moving, model))
+
+            def of(*values: Any) -> list[Any]:
+                filled = list(primals)
+                for i, x in zip(moving, values, strict=True):
+                    filled[i] = x
+                return program(*filled)
+
+            return jax.jvp(of, [primals[i] for i in moving], [tangents[i] for i in moving])
+
+        call.defjvp(rule, symbolic_zeros=True)
+        return given.result(call(*flat.consts, *given.arrays))
 
     return run
 

@@ -17,7 +17,7 @@ import jax
 
 from nexus_jax import _compat, ambient
 from nexus_jax.adapters.classes import Settings, base_of, settings_of, transformed
-from nexus_jax.boundary import checkpointed, split
+from nexus_jax.boundary import checkpointed, planned, split
 from nexus_jax.policy.rules import Policy
 from nexus_jax.policy.select import ModuleNode, Path, Selection, check_selection, select
 
@@ -133,8 +133,13 @@ def _entering(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         with contextlib.ExitStack() as stack:
             if given.offloader is not None and not ambient.reaches(given.offloader):
                 stack.enter_context(given.offloader.in_force())
-            if given.policy is not None:
-                stack.enter_context(_opened(self, name, args, kwargs, given.policy))
+            if given.policy is None:
+                return method(self, *args, **kwargs)
+            if given.policy.whole is not None and not (self.is_initializing() or in_remat(self)):
+                stack.enter_context(_noted(_Open(self, None)))
+                stack.enter_context(_compat.captured_once(self, name))
+                return _compat.lift_linen(planned(given.policy.whole, type(self)), method, self, args, kwargs)
+            stack.enter_context(_opened(self, name, args, kwargs, given.policy))
             return method(self, *args, **kwargs)
 
     return enter
@@ -291,13 +296,18 @@ def _is_open(root: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _running(opened: _Open, token: Any) -> Iterator[None]:
+def _noted(opened: _Open) -> Iterator[None]:
     _stack().append(opened)
     try:
-        with _TRACING(token), nn.intercept_methods(opened.intercept):
-            yield
+        yield
     finally:
         _stack().pop()
+
+
+@contextlib.contextmanager
+def _running(opened: _Open, token: Any) -> Iterator[None]:
+    with _noted(opened), _TRACING(token), nn.intercept_methods(opened.intercept):
+        yield
 
 
 @contextlib.contextmanager

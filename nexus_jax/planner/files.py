@@ -8,22 +8,20 @@ import pathlib
 import tomllib
 from typing import Any
 
-import tomli_w
-
 from nexus_jax.planner.plan import Plan, Row, Subject
 from nexus_jax.planner.rewrite import Segment
 
 FORMAT = 1
+KEY = "nexus_jax_plan"  # the first of a plan's file
 
 
-def save(plan: Plan, path: str | pathlib.Path) -> None:
-    """Write a plan."""
+def document(plan: Plan) -> dict[str, Any]:
+    """A plan as what TOML can hold."""
     found = dataclasses.asdict(plan)
     found["subject"]["ops"] = dict(plan.subject.ops)
     segments = [_segment(s) for s in found.pop("segments")]
     rows = found.pop("rows")
-    data = {"nexus_jax_plan": FORMAT, **found, "segment": segments, "row": list(rows)}
-    pathlib.Path(path).write_text(tomli_w.dumps(data), encoding="utf-8")
+    return {KEY: FORMAT, **found, "segment": segments, "row": list(rows)}
 
 
 def _segment(segment: dict[str, Any]) -> dict[str, Any]:
@@ -42,15 +40,21 @@ def load(path: str | pathlib.Path) -> Plan:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}.") from None
-    if data.pop("nexus_jax_plan", None) != FORMAT:
-        raise ValueError(f"{path}: no plan of this version: its first line should be nexus_jax_plan = {FORMAT}.")
     try:
-        return _plan(data)
+        return parsed(data)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _plan(data: dict[str, Any]) -> Plan:
+def parsed(data: dict[str, Any]) -> Plan:
+    """A plan from what its file says.
+
+    Raises:
+        ValueError, TypeError: it says nonsense; the key, and what to write.
+    """
+    data = {key: value for key, value in data.items() if key != "summary"}
+    if data.pop(KEY, None) != FORMAT:
+        raise ValueError(f"no plan of this version: its first line should be {KEY} = {FORMAT}.")
     subject = dict(_required(data, "subject", dict))
     subject["inputs"] = tuple(_required(subject, "inputs", list))
     subject["ops"] = tuple(sorted(_required(subject, "ops", dict).items()))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nexus_jax import peak, report
+from nexus_jax.flat import Flat
 from nexus_jax.measure import Measurement, measure
 from nexus_jax.planner import loop, table
 from nexus_jax.planner.allocate import Path
@@ -101,6 +102,7 @@ class Planner:
         self.target = find_target(target)
         self.argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
         self.objective: Objective = "flops" if self.target.sheet is None else objective
+        self.results: tuple[int, ...] = (0,)  # of the flat program, which are differentiated: the loss
         self.deadline = math.inf
         self._predictions: dict[tuple[Segment, ...], int] = {}
         self._measurements: dict[tuple[Segment, ...], Measurement] = {}
@@ -132,6 +134,16 @@ class Planner:
         return Loss(self.fn, self.args)
 
     @functools.cached_property
+    def flat(self) -> Flat:
+        """The program that is planned."""
+        return self.loss.flat
+
+    @functools.cached_property
+    def differentiated(self) -> Sequence[int]:
+        """Which of its inputs are."""
+        return self.loss.differentiated(self.argnums)
+
+    @functools.cached_property
     def before(self) -> Measurement:
         """The step without a plan."""
         return self._measure(self.fn)
@@ -140,11 +152,11 @@ class Planner:
     def model(self) -> Model:
         """What the solver knows of the step."""
         price = Prices(self.target, self.objective)
-        return model_of(self.loss.flat, self.loss.differentiated(self.argnums), price, deadline=self.deadline)
+        return model_of(self.flat, self.differentiated, price, results=self.results, deadline=self.deadline)
 
     @functools.cached_property
     def subject(self) -> Subject:
-        return Subject.of(self.loss.flat)
+        return Subject.of(self.flat)
 
     @functools.cached_property
     def offset(self) -> int:
@@ -215,7 +227,7 @@ class Planner:
     def _nothing(self, budget: int) -> Plan:
         before = self.before
         return dataclasses.replace(
-            draft(self.subject, (Segment(start=0, stop=len(self.loss.flat.eqns), boundary=False),)),
+            draft(self.subject, (Segment(start=0, stop=len(self.flat.eqns), boundary=False),)),
             target=before.target,
             objective=self.objective,
             budget=budget,

@@ -95,16 +95,23 @@ class Model:
 
 
 def model_of(
-    flat: Flat, differentiated: Sequence[int], price: Prices, *, deadline: float = math.inf, solves: int | None = None
+    flat: Flat,
+    differentiated: Sequence[int],
+    price: Prices,
+    *,
+    results: Sequence[int] = (0,),
+    deadline: float = math.inf,
+    solves: int | None = None,
 ) -> Model:
     """Differentiate a program, cut it, solve every kind of stretch, and find its frontier.
 
     Args:
         differentiated: which of its inputs, constants counted.
+        results: which of its results are; the first alone is the loss.
         deadline: of ``time.monotonic()``; what is not solved by then has fewer options, and the bound knows.
         solves: integer programs with a limit for a stretch's frontier; None is by its size and by how many kinds there are.
     """
-    spans = Spans(flat, needs_of(flat, differentiated), price)
+    spans = Spans(flat, needs_of(flat, differentiated, results), price)
     scans = bodies(flat, differentiated)
     models = {i: _body_model(body, price, deadline, solves) for i, body in scans.items()}
     return _model(spans, deadline, solves, {i: (scans[i], m) for i, m in models.items()})

@@ -9,7 +9,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import tomli_w
+
 from nexus_jax import report
+from nexus_jax.boundary import Call
 from nexus_jax.flat import Flat
 from nexus_jax.planner.loss import Loss
 from nexus_jax.planner.rewrite import Segment, rewritten
@@ -145,17 +148,42 @@ class Plan:
             if kwargs:
                 raise TypeError(f"{', '.join(kwargs)}: give a planned function its arguments by position, as to plan.")
             loss = Loss(fn, args)
-            flat = loss.flat
-            self.subject.require(Subject.of(flat))
-            return loss.result(rewritten(flat, self.segments)(*flat.consts, *loss.arrays))
+            return loss.result(self.rewritten(loss.flat)(*loss.flat.consts, *loss.arrays))
 
         return planned
 
+    def rewritten(self, flat: Flat) -> Callable[..., list[Any]]:
+        """A flat program as the plan says, as a function of its inputs.
+
+        Raises:
+            PlanMismatch: it is another program.
+        """
+        self.subject.require(Subject.of(flat))
+        return rewritten(flat, self.segments)
+
+    def program(self, call: Call) -> Callable[..., list[Any]]:
+        """The plan as a policy of a model: :class:`nexus_jax.policy.rules.Whole`.
+
+        Raises:
+            PlanMismatch: it was made for another call, or for a whole loss.
+        """
+        try:
+            return self.rewritten(call.flat)
+        except PlanMismatch as error:
+            raise PlanMismatch(
+                f"{call.model.__name__}: {error} What nexus_jax.plan made for a loss is applied to the loss, plan.apply(loss);"
+                ' a plan for a model comes from policy="auto" with a memory_budget.'
+            ) from None
+
     def save(self, path: str | pathlib.Path) -> None:
         """Write it as TOML."""
+        pathlib.Path(path).write_text(tomli_w.dumps(self.document()), encoding="utf-8")
+
+    def document(self) -> dict[str, Any]:
+        """What its file says."""
         from nexus_jax.planner import files
 
-        files.save(self, path)
+        return files.document(self)
 
     @staticmethod
     def load(path: str | pathlib.Path) -> Plan:

@@ -53,7 +53,27 @@ def load_policy(name_or_path: Any) -> Policy:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
         raise ValueError(f"{path}: not valid TOML: {e}.") from None
-    return _parse(path, text, data, strict=not shipped)
+    return _whole(path, data) or _parse(path, text, data, strict=not shipped)
+
+
+def _whole(path: pathlib.Path, data: dict[str, Any]) -> Policy | None:
+    """A file that decides for a model's whole call: a plan, or a budget."""
+    from nexus_jax import planner
+
+    given = {key: value for key, value in data.items() if key != "summary"}
+    try:
+        if planner.files.KEY in data:
+            whole: Any = planner.files.parsed(given)
+        elif "memory_budget" in data:
+            others = sorted(set(given) - {"memory_budget", "target"})
+            if others:
+                raise ValueError(f"a policy with a memory_budget has target and summary beside it, not {others[0]}.")
+            whole = planner.Budget(**given)
+        else:
+            return None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Policy(name=path.stem, summary=str(data.get("summary", "A plan.")), whole=whole)
 
 
 def _parse(path: pathlib.Path, text: str, data: dict[str, Any], *, strict: bool) -> Policy:
@@ -115,6 +135,8 @@ def _at(path: pathlib.Path, text: str, key: str, start: int) -> str:
 def save(policy: Policy, path: Any) -> None:
     """Write ``policy`` as TOML; the parent folder must exist."""
     document: dict[str, Any] = {"summary": policy.summary}
+    if policy.whole is not None:
+        document |= policy.whole.document()
     for table, rules in (("checkpoint", policy.checkpoint), ("residual", policy.residual)):
         entries = []
         for rule in rules:

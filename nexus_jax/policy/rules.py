@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 PLACES = ("save", "recompute", "offload")
 MB = 2**20  # as in the documented API, whose offload_threshold_mb this unit is
@@ -172,6 +172,18 @@ def nbytes(aval: Any) -> int:
     return math.prod(aval.shape) * aval.dtype.itemsize
 
 
+class Whole(Protocol):
+    """What decides for a model's whole call at once, value by value: a budget, or a plan. Hashable."""
+
+    def program(self, call: Any) -> Callable[..., list[Any]]:
+        """The program of a :class:`nexus_jax.boundary.Call` as it is differentiated: takes and returns the same arrays."""
+        ...
+
+    def document(self) -> dict[str, Any]:
+        """What a policy's file says of it."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
     """Rules that choose boundaries and places: a value, equal to any other with the same rules.
@@ -191,6 +203,8 @@ class Policy:
     summary: str = ""
     checkpoint: tuple[CheckpointRule, ...] = ()
     residual: tuple[ResidualRule, ...] = ()
+    whole: Whole | None = None
+    """A budget or a plan, in the place of rules: the root is the one boundary."""
     strict: bool = True
     """Whether a checkpoint rule that selects nothing is an error (a user's policy) or a warning (a documented one)."""
 
@@ -202,6 +216,8 @@ class Policy:
                 object.__setattr__(self, key, rules)
             if not isinstance(rules, tuple) or not all(isinstance(r, kind) for r in rules):
                 raise TypeError(f"{key}={rules!r}: write a tuple of {kind.__name__}.")
+        if self.whole is not None and (self.checkpoint or self.residual):
+            raise ValueError("a policy has rules, or a memory budget or plan that decides everything: not both.")
 
     @property
     def recomputes_everything(self) -> bool:
@@ -229,6 +245,11 @@ class Policy:
         """As a policy of ``jax.checkpoint``: what to do with the outputs of one primitive."""
         from nexus_jax import _compat
 
+        if self.whole is not None:
+            raise ValueError(
+                f"policy {self.name!r} decides for a model's whole call: give it to apply_selective_checkpointing, not "
+                "to jax.checkpoint."
+            )
         if self.recomputes_everything:
             return False
         op = prim.name
@@ -248,6 +269,8 @@ class Policy:
 
     def __str__(self) -> str:
         lines = [f"policy {self.name}: {self.summary}".rstrip(": ")]
+        if self.whole is not None:
+            lines.append("  " + str(self.whole).replace("\n", "\n  "))
         for kind, rules in (("checkpoint", self.checkpoint), ("residual", self.residual)):
             for rule in rules:
                 said = ", ".join(

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from nexus_jax.planner import Budget, Plan
 from nexus_jax.policy import CheckpointRule, Policy, load_policy
 
 DEFAULT_HEAVY_OPS = (
@@ -51,6 +52,10 @@ class SelectiveCheckpointConfig:
         preserve_rng_state: must be True: JAX replays random keys by construction.
         use_reentrant: must be False: JAX has no reentrant autograd.
         auto_wrap_min_params: parameters, for AUTO (more than) and for the matmul layers of HEAVY_OPS (from).
+        memory_budget: for AUTO: what the model's call and its gradient may take on the device, in bytes, as ``"12GiB"``
+            or as ``"90%"`` of what a program may take there. The plan is made when the model is first differentiated
+            (:class:`nexus_jax.planner.Budget`).
+        target: the device of the budget, ``"v5e"``, ``"h200"``, ...; None is the local one.
 
     Raises:
         ValueError, TypeError: one sentence that says what is wrong and what to write.
@@ -66,6 +71,8 @@ class SelectiveCheckpointConfig:
     preserve_rng_state: bool = True
     use_reentrant: bool = False
     auto_wrap_min_params: int = 1_000_000
+    memory_budget: int | str | None = None
+    target: str | None = None
 
     def __post_init__(self):
         if self.preserve_rng_state is not True:
@@ -79,6 +86,8 @@ class SelectiveCheckpointConfig:
             object.__setattr__(self, "policy", CheckpointPolicy(self.policy))
         if isinstance(self.policy, str):
             object.__setattr__(self, "policy", _load(self.policy))
+        if isinstance(self.policy, Plan):
+            object.__setattr__(self, "policy", Policy(name="plan", summary="A plan.", whole=self.policy))
         if not isinstance(self.policy, CheckpointPolicy | Policy):
             raise TypeError(f"policy={self.policy!r}: write one of {_choices()}, or a nexus_jax.Policy.")
         n = self.auto_wrap_min_params
@@ -93,6 +102,16 @@ class SelectiveCheckpointConfig:
         if not custom and self.custom_policy is not None:
             raise ValueError('custom_policy is only asked with policy="custom"; write that, or leave it out.')
         self._check_heavy_ops()
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self.memory_budget is None:
+            if self.target is not None:
+                raise ValueError(f"target={self.target!r} is the device of a memory_budget: give one, or leave it out.")
+            return
+        if self.policy is not CheckpointPolicy.AUTO:
+            raise ValueError(f'memory_budget={self.memory_budget!r} is planned for with policy="auto"; write that.')
+        Budget(memory_budget=self.memory_budget, target=self.target)
 
     def _check_heavy_ops(self) -> None:
         ops = self.heavy_ops
@@ -112,6 +131,9 @@ class SelectiveCheckpointConfig:
             case CheckpointPolicy.CUSTOM:
                 rule = CheckpointRule(where=self.custom_policy)
                 return Policy(name="custom", checkpoint=(rule,), strict=False)
+            case CheckpointPolicy.AUTO if self.memory_budget is not None:
+                budget = Budget(memory_budget=self.memory_budget, target=self.target)
+                return Policy(name="auto", summary="The fastest plan within a budget.", whole=budget)
             case CheckpointPolicy.AUTO:
                 return _with_min_params(load_policy("auto"), self.auto_wrap_min_params + 1)
         return load_policy(CheckpointPolicy(self.policy).value)

@@ -12,6 +12,7 @@ from jax.extend.core import get_opaque_trace_state
 
 from nexus_jax import adapters, ambient
 from nexus_jax.boundary import checkpointed
+from nexus_jax.planner import Plan, plans_of
 from nexus_jax.policy import Policy
 from nexus_jax.policy.select import ModuleNode, Selection, _Tree
 from nexus_jax.training.config import CheckpointPolicy, SelectiveCheckpointConfig, as_config
@@ -47,8 +48,13 @@ class AppliedPolicy:
 
     policy: Policy
     selection: Selection | None
+    plans: tuple[Plan, ...] = ()
+    """Of a policy with a memory budget: the plan of each program that was differentiated so far."""
 
     def __str__(self) -> str:
+        if self.policy.whole is not None:
+            known = "plans: made once the model is first differentiated"
+            return f"{self.policy}\n{known if not self.plans else chr(10).join(map(str, self.plans))}"
         known = "boundaries: known once the model is traced (init, or a first call)"
         return f"{self.policy}\n{known if self.selection is None else self.selection}"
 
@@ -57,7 +63,8 @@ def policy_of(model: Any) -> AppliedPolicy:
     """What a transformed model does: its policy, its boundaries, and what was dropped and why."""
     adapter = adapters.of(model)
     policy = adapter.settings(model).policy
-    return AppliedPolicy(policy if policy is not None else Policy(name="none"), adapter.selection_of(model))
+    plans = plans_of(model if isinstance(model, type) else type(model))
+    return AppliedPolicy(policy if policy is not None else Policy(name="none"), adapter.selection_of(model), plans)
 
 
 class SelectiveCheckpoint:
@@ -75,6 +82,8 @@ class SelectiveCheckpoint:
     def __init__(self, config: Any = None, **kwargs: Any):
         self.config: SelectiveCheckpointConfig = as_config(config, **kwargs)
         self.policy = self.config.resolve()
+        if self.policy.whole is not None:
+            raise ValueError("a memory budget or a plan is for a whole model: use apply_selective_checkpointing.")
         self._counts: dict[Any, int] = {}
         self._trace: Any = None
 
