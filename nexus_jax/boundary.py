@@ -20,8 +20,9 @@ from jax.extend import core as jex
 
 from nexus_jax.flat import Flat, flatten
 from nexus_jax.offloading import transfer
+from nexus_jax.offloading.window import Windows
 from nexus_jax.policy.places import checkpoint_by_name
-from nexus_jax.policy.rules import Policy, Whole
+from nexus_jax.policy.rules import Policy, Whole, nbytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -220,7 +221,8 @@ def offloaded(
     to_host: Callable[[Any], Any],
     to_device: Callable[[Any], Any],
     ahead: int = 0,
-    traced: Callable[[], None] = lambda: None,
+    traced: Callable[[int], None] = lambda moved: None,
+    windows: Windows | None = None,
 ) -> Callable[..., Any]:
     """``run(fun, weights, rest)``: ``fun(weights, rest)`` whose residuals wait on the host where ``wanted`` says so.
 
@@ -231,8 +233,9 @@ def offloaded(
 
     Args:
         wanted: asked once of the type of each residual that may leave.
-        traced: called when a gradient is traced.
         ahead: how many layers before its own a residual comes back (:mod:`nexus_jax.offloading.transfer`).
+        traced: called when a gradient is traced, with how many bytes leave.
+        windows: if given, only what is hidden behind the computing leaves.
     """
 
     def run(fun: Callable[..., Any], weights: Any, rest: Any, inputs: bool = False) -> Any:
@@ -246,10 +249,12 @@ def offloaded(
             return converted(*arrays)
 
         def forward(*arrays):
-            traced()
             fixed = [not inputs or i < n_own or i >= end for i in range(len(arrays))]
             weight = [i < n_own or i >= end for i in range(len(arrays))]
-            staged = transfer.Forward(converted, arrays, fixed=fixed, weights=weight, wanted=wanted, ahead=ahead)
+            staged = transfer.Forward(
+                converted, arrays, fixed=fixed, weights=weight, wanted=wanted, ahead=ahead, windows=windows
+            )
+            traced(sum(nbytes(v.aval) for v in staged.moved))
             out, kept = staged(arrays, to_host)
             return out, (_Static(staged.way_back()), kept)
 

@@ -61,9 +61,7 @@ def flatten(closed: Any) -> Flat:
     eqns: list[Any] = []
     env = {v: v for v in jaxpr.invars}
     outs = _inline(jaxpr, env, None, eqns)
-    eqns = _live(eqns, outs)
-    effects = set().union(*(e.effects for e in eqns)) if eqns else set()
-    return Flat(jaxpr.replace(eqns=eqns, outvars=outs, effects=effects), consts)
+    return Flat(live(jaxpr.replace(eqns=eqns, outvars=outs)), consts)
 
 
 def _inline(jaxpr: Any, env: dict[Any, Any], outer: Any, eqns: list[Any]) -> list[Any]:
@@ -90,14 +88,16 @@ def _constants(body: Any) -> bool:
     return bool(getattr(getattr(body, "jaxpr", body), "constvars", ()))
 
 
-def _live(eqns: list[Any], outs: Sequence[Any]) -> list[Any]:
-    used = {v for v in outs if not isinstance(v, jex.Literal)}
+def live(jaxpr: Any) -> Any:
+    """The program without what nothing needs."""
+    used = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
     kept = []
-    for eqn in reversed(eqns):
+    for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(v in used for v in eqn.outvars):
             kept.append(eqn)
             used.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
-    return kept[::-1]
+    effects = set().union(*(eqn.effects for eqn in kept)) if kept else set()
+    return jaxpr.replace(eqns=kept[::-1], effects=effects)
 
 
 def part(flat: Flat, eqns: Sequence[Any], outs: Sequence[Any]) -> tuple[Any, list[Any]]:

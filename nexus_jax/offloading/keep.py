@@ -17,6 +17,7 @@ from typing import Any
 from jax.extend import core as jex
 
 from nexus_jax import costs
+from nexus_jax.offloading.loops import loop_of
 from nexus_jax.offloading.stages import Stage, variables
 from nexus_jax.policy.rules import nbytes
 
@@ -42,7 +43,13 @@ class Kept:
         return [v.val if isinstance(v, jex.Literal) else env[v] for v in self.leaves]
 
 
-def keep(jaxpr: Any, stages: Sequence[Stage], leaves: Sequence[Any], fixed: Set[Any]) -> Kept:
+def keep(
+    jaxpr: Any,
+    stages: Sequence[Stage],
+    leaves: Sequence[Any],
+    fixed: Set[Any],
+    needed: dict[Any, None] | None = None,
+) -> Kept:
     """Choose what is kept.
 
     Args:
@@ -50,8 +57,9 @@ def keep(jaxpr: Any, stages: Sequence[Stage], leaves: Sequence[Any], fixed: Set[
         stages: its layers; what is kept in one is not made again from what another keeps.
         leaves: the residuals of autodiff, among its variables.
         fixed: those of its inputs that are there anyway: parameters, data.
+        needed: variables that make the residuals, to begin with; the residuals themselves if it is not given.
     """
-    needed = dict.fromkeys(variables(leaves))
+    needed = dict.fromkeys(variables(leaves)) if needed is None else dict(needed)
     while True:
         sweep = _Sweep(stages or [_whole(jaxpr)], needed, fixed)
         better = sweep.better()
@@ -132,6 +140,8 @@ class _Sweep:
 
 def is_cheap(eqn: Any) -> bool:
     """Whether an equation costs the backward pass nothing but its time in a kernel that runs anyway."""
+    if (loop := loop_of(eqn)) is not None:
+        return not eqn.effects and loop.carried == 0 and all(is_cheap(e) for e in loop.body.jaxpr.eqns)
     return not eqn.effects and costs.kind_of(eqn) in ("view", "fused", "slice")
 
 

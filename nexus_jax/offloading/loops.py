@@ -26,6 +26,11 @@ class Loop:
     def steps(self) -> int:
         return self.eqn.params["length"]
 
+    @property
+    def body(self) -> Any:
+        """What a step does."""
+        return self.eqn.params["jaxpr"]
+
     def taken(self) -> list[tuple[int, Any]]:
         """The operands of which each step takes one slice, with their positions."""
         return list(enumerate(self.eqn.invars))[self.constants + self.carried :]
@@ -51,7 +56,7 @@ class Loop:
             coming: which of its taken operands come back, slice by slice.
         """
         params = self.eqn.params
-        body = jex.jaxpr_as_fun(params["jaxpr"])
+        body = jex.jaxpr_as_fun(self.body)
         first = self.constants + self.carried
         takes = [to_device if v in coming and to_device else _same for _, v in self.taken()]
         gives = [to_host if v in leaving and to_host else _same for v in self.stacked()]

@@ -22,11 +22,13 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.extend import core as jex
 
-from nexus_jax.flat import flatten
+from nexus_jax.flat import flatten, live
+from nexus_jax.offloading import scans
 from nexus_jax.offloading.hazards import check_loops
 from nexus_jax.offloading.keep import Kept, keep, latest
 from nexus_jax.offloading.loops import cuts_around, loops_that_keep, loops_that_take
 from nexus_jax.offloading.stages import Stage, layer_cuts, stages, use_cuts, variables
+from nexus_jax.offloading.window import Windows, largest
 
 HOST = jax.memory.Space.Host
 FEW = 4  # of fewer layers everything leaves
@@ -59,6 +61,7 @@ class Forward:
         weights: which of them are parameters.
         wanted: asked of the type of each value that may leave, whether it goes to the host.
         ahead: how many layers before its own a value comes back; so many of the last layers keep theirs on the device.
+        windows: if given, only what is hidden behind the computing leaves, of each layer the largest first.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Forward:
         weights: Sequence[bool],
         wanted: Callable[[Any], bool],
         ahead: int,
+        windows: Windows | None = None,
     ):
         known: dict[str, Any] = {}
 
@@ -87,10 +91,12 @@ class Forward:
         cuts = cuts if len(cuts) >= FEW else []  # of fewer layers nothing is gained, and waists may be none of layers
         own = pick(fixed)
         self.treedef, self.consts = known["treedef"], flat.consts
-        self.kept = keep(jaxpr, stages(jaxpr, cuts), leaves, own)
+        jaxpr, outs, leaves, needed = scans.opened(jaxpr, outs, leaves, own)
+        self.kept = keep(jaxpr, stages(jaxpr, cuts), leaves, own, needed)
         self.outs = outs
-        self.jaxpr = jaxpr.replace(outvars=[*outs, *self.kept.variables])
-        self.stages = stages(self.jaxpr, cuts)
+        self.jaxpr = live(jaxpr.replace(outvars=[*outs, *self.kept.variables]))
+        runs = {v for eqn in self.jaxpr.eqns for v in eqn.outvars}  # what is only made again is not made here
+        self.stages = stages(self.jaxpr, [sum(not runs.isdisjoint(e.outvars) for e in jaxpr.eqns[:c]) for c in cuts])
         self.groups = self._groups({v for v in self.kept.variables if v not in own})
         leaving = self.groups[: _leaving(len(self.stages), ahead)]
         self.moved = {v for group in leaving for v in group if wanted(v.aval)}
@@ -99,8 +105,30 @@ class Forward:
             self.stages = stages(self.jaxpr, cuts_around(self.loops, len(jaxpr.eqns)))
         if max((loop.steps for loop in self.loops.values()), default=0) >= FEW:
             last = max(self.loops)  # what it carries out, and what comes after it, is the head's
-            made = {v for eqn in jaxpr.eqns[last:] for v in eqn.outvars}
+            made = {v for eqn in self.jaxpr.eqns[last:] for v in eqn.outvars}
             self.moved -= made - set(self.loops[last].stacked())
+        if windows is not None and self.moved:
+            self.moved = self._hidden(windows, ahead)
+
+    def _hidden(self, windows: Windows, ahead: int) -> set[Any]:
+        """Of what would move, what the link moves behind the computing."""
+        if self.loops:
+            alone = [stage for stage in self.stages if any(stage.program.eqns == [x.eqn] for x in self.loops.values())]
+            return set().union(
+                *(largest(self.moved & set(stage.outs), windows.out(windows.seconds(stage.program))) for stage in alone)
+            )
+        times = [windows.seconds(stage.program) for stage in self.stages]
+        if len(times) == 1:
+            return largest(self.moved, windows.out(times[0]))
+        if ahead == 0:
+            return set()
+        found: set[Any] = set()
+        for k, group in enumerate(self.groups):
+            room = min(
+                windows.out(times[min(k + 1, len(times) - 1)]), windows.back(times[min(k + ahead, len(times) - 1)])
+            )
+            found |= largest(self.moved & set(group), room)
+        return found
 
     def way_back(self) -> WayBack:
         number = {v: i for i, v in enumerate(self.kept.variables)}
@@ -192,7 +220,7 @@ def backward(
 
     flat = flatten(jax.make_jaxpr(program)(at_home, moving))
     n = len(flat.jaxpr.invars) - len(moving)
-    jaxpr = latest(flat.jaxpr, flat.jaxpr.invars[n:])
+    jaxpr = latest(scans.fused(flat.jaxpr), flat.jaxpr.invars[n:])
     groups = [[jaxpr.invars[i + len(flat.consts)] for i in group] for group in way.groups]
     waiting = {v for v, m in zip(jaxpr.invars[len(flat.consts) :], way.moved, strict=False) if m}
     grads = iter(Backward(jaxpr, groups, waiting, ahead)([*flat.consts, *kept, *moving], to_device))

@@ -10,7 +10,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.core
@@ -18,7 +18,9 @@ from jax.sharding import SingleDeviceSharding
 
 from nexus_jax import _compat, adapters, ambient
 from nexus_jax.boundary import is_floating, offloaded
+from nexus_jax.offloading.window import Windows
 from nexus_jax.policy.rules import MB, nbytes
+from nexus_jax.targets.compiler import find_target
 from nexus_jax.training.verify import Verification, verify
 
 
@@ -35,6 +37,8 @@ class _Seen:
         self.traced = False
 
 
+_AUTO_MB = 1.0  # what is smaller takes a link longer to start than to move
+
 _SEEN: dict[Any, _Seen] = {}
 _STORES: dict[int, Any] = {}
 _IDS = itertools.count(1)
@@ -50,9 +54,11 @@ class ActivationOffloader:
 
     Args:
         enabled: if False, everything runs as it is.
-        offload_threshold_mb: smallest residual that is moved, MB (2**20 bytes).
+        offload_threshold_mb: smallest residual that is moved, MB (2**20 bytes). ``"auto"``: of each layer, the largest
+            ones as far as the link of ``target`` moves them while the layers beside them compute, and none below 1 MB.
         prefetch_ahead: layers whose residuals may be back on the device before they are needed.
         pin_memory: wait in ``pinned_host`` memory (page-locked, fast) or in ``unpinned_host``.
+        target: the device that ``"auto"`` asks for its times, ``"h200"``, ``"v5e"``, ...
 
     Raises:
         ValueError, TypeError: one sentence that says what is wrong and what to write.
@@ -68,20 +74,35 @@ class ActivationOffloader:
     """
 
     enabled: bool = True
-    offload_threshold_mb: float = 10.0
+    offload_threshold_mb: float | Literal["auto"] = 10.0
     prefetch_ahead: int = 2
     pin_memory: bool = True
+    target: str | None = None
 
     def __post_init__(self):
         for name in ("enabled", "pin_memory"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: write True or False.")
-        mb = self.offload_threshold_mb
+        self._check_target()
+        mb = 0 if self.offload_threshold_mb == "auto" else self.offload_threshold_mb
         if isinstance(mb, bool) or not isinstance(mb, int | float) or not math.isfinite(mb) or mb < 0:
-            raise ValueError(f"offload_threshold_mb={mb!r}: write a finite number of MB, from 0 up.")
+            raise ValueError(f'offload_threshold_mb={mb!r}: write a finite number of MB, from 0 up, or "auto".')
         ahead = self.prefetch_ahead
         if isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0:
             raise ValueError(f"prefetch_ahead={ahead!r}: write a whole number of layers, from 0 up.")
+
+    def _check_target(self) -> None:
+        auto = self.offload_threshold_mb == "auto"
+        if auto and (self.target is None or find_target(self.target).sheet is None):
+            raise ValueError(
+                f'offload_threshold_mb="auto" with target={self.target!r}: name the device, target="h200".'
+            )
+        if self.target is not None and not auto:
+            raise ValueError(f'target={self.target!r} is asked with offload_threshold_mb="auto" only: leave it out.')
+        if auto and self.prefetch_ahead == 0:
+            raise ValueError(
+                'offload_threshold_mb="auto" with prefetch_ahead=0: nothing hides a copy back then; write 1 or more.'
+            )
 
     # --- what is moved, and where ---------------------------------------------------------------------------------
 
@@ -90,6 +111,17 @@ class ActivationOffloader:
         """``"pinned_host"`` or ``"unpinned_host"``."""
         return "pinned_host" if self.pin_memory else "unpinned_host"
 
+    @property
+    def threshold_bytes(self) -> float:
+        """Bytes of the smallest residual that is moved."""
+        return _AUTO_MB * MB if self.offload_threshold_mb == "auto" else self.offload_threshold_mb * MB
+
+    @property
+    def windows(self) -> Windows | None:
+        """The time windows of ``"auto"``."""
+        sheet = None if self.target is None else find_target(self.target).sheet
+        return None if sheet is None else Windows(sheet)
+
     def _should_offload(self, x: Any) -> bool:
         """Whether an array is floating-point, on the device, and of at least the threshold."""
         if not hasattr(x, "dtype") or not hasattr(x, "shape"):
@@ -97,7 +129,7 @@ class ActivationOffloader:
         if not self.enabled or not is_floating(x):
             return False
         on_host = isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host
-        return not on_host and nbytes(x) >= self.offload_threshold_mb * MB
+        return not on_host and nbytes(x) >= self.threshold_bytes
 
     def run(self, fun: Callable[..., Any], weights: Any, rest: Any, inputs: bool = False) -> Any:
         """``fun(weights, rest)`` with its residuals on the host; the boundary that adapters open models at."""
@@ -108,17 +140,14 @@ class ActivationOffloader:
         def wanted(leaf: Any) -> bool:
             if is_floating(leaf):
                 seen.largest = max(seen.largest, nbytes(leaf))
-            if not self._should_offload(leaf):
-                return False
-            seen.offloaded += nbytes(leaf)
-            return True
+            return self._should_offload(leaf)
 
-        def traced() -> None:
+        def traced(moved: int) -> None:
             seen.traced = True
+            seen.offloaded += moved
 
-        return offloaded(wanted, self._to_host, self._to_device, self.prefetch_ahead, traced)(
-            fun, weights, rest, inputs
-        )
+        move = offloaded(wanted, self._to_host, self._to_device, self.prefetch_ahead, traced, self.windows)
+        return move(fun, weights, rest, inputs)
 
     def _to_host(self, x: Any) -> Any:
         if self.pin_memory:
@@ -176,10 +205,16 @@ class ActivationOffloader:
                 "nothing was offloaded in this context: nothing floating-point is kept but arguments, and what "
                 "elementwise operations make of them again."
             )
+        if seen.traced and self.offload_threshold_mb == "auto" and seen.largest >= self.threshold_bytes:
+            return (
+                f"nothing was offloaded in this context: the largest residual is {seen.largest / MB:.3g} MB, and the link "
+                f"of {self.target} moves none while a layer computes. Write offload_threshold_mb=1.0 to move what is not "
+                "hidden too, or recompute."
+            )
         if seen.traced:
             return (
                 f"nothing was offloaded in this context: the largest residual is {seen.largest / MB:.3g} MB, below "
-                f"offload_threshold_mb={self.offload_threshold_mb:g}; write a smaller one."
+                f"offload_threshold_mb={self.threshold_bytes / MB:g}; write a smaller one."
             )
         return (
             "nothing was offloaded in this context: no gradient was traced in it. Open it around jax.grad(...) or "
