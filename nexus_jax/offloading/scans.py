@@ -60,9 +60,9 @@ def opened(
         leaves: the residuals of autodiff.
         fixed: those of its inputs that are there anyway: parameters, data.
     """
-    wanted = set(variables(leaves))
+    wanted = dict.fromkeys(variables(leaves))
     used = {v for eqn in jaxpr.eqns for v in variables(eqn.invars)} | set(variables(outs))
-    program, sources = _Renamed(), dict.fromkeys(wanted)
+    program, sources = _Renamed(), dict(wanted)
     for old in jaxpr.eqns:
         eqn = program.see(old)
         loop = loop_of(eqn)
@@ -74,7 +74,9 @@ def opened(
         instead, results, remake, kept = less
         program.add(instead, results)
         program.add(remake, ours)
-        sources = {v: None for v in sources if v not in ours} | dict.fromkeys(variables(map(program.read, kept)))
+        sources = {v: None for v in sources if v not in ours} | dict.fromkeys(
+            variables([program.read(v) for v in kept])
+        )
     outs, leaves = ([program.read(v) for v in names] for names in (outs, leaves))
     needed = {program.read(v): None for v in sources}
     return jaxpr.replace(eqns=program.eqns, outvars=[*outs, *leaves]), outs, leaves, needed
@@ -132,8 +134,8 @@ def fused(jaxpr: Any) -> Any:
     program = _Renamed()
     for eqn in map(program.see, jaxpr.eqns):
         loop = loop_of(eqn)
-        ours = loop is not None and any(v in source for _, v in loop.taken())
-        together = _together(loop, source) if ours else None
+        takes = [] if loop is None else [v for _, v in loop.taken() if v in source]
+        together = _together(loop, source) if loop is not None and takes else None
         if together is None:
             program.eqns.append(eqn)
         else:

@@ -90,6 +90,7 @@ class Forward:
         cuts = layer_cuts(jaxpr, pick(weights))
         cuts = cuts if len(cuts) >= FEW else []  # of fewer layers nothing is gained, and waists may be none of layers
         own = pick(fixed)
+        self.ahead = ahead
         self.treedef, self.consts = known["treedef"], flat.consts
         jaxpr, outs, leaves, needed = scans.opened(jaxpr, outs, leaves, own)
         self.kept = keep(jaxpr, stages(jaxpr, cuts), leaves, own, needed)
@@ -184,8 +185,9 @@ class Forward:
         *layers, head = self.stages
         for i, stage in enumerate(layers):
             made = [v for v in stage.outs if v in self.moved]
-            # The last layer's own leave with it: where the head is largest, no room is lost to what waits to leave.
-            last = made if i == len(layers) - 1 else []
+            # The last layer's own leave with it: where the head is largest, no room is lost to what waits to leave. So do
+            # those of all layers where nothing is to be hidden at the cost of memory.
+            last = made if i == len(layers) - 1 or self.ahead == 0 else []
             host.update(_run(stage, env, leaving, to_host, late=last))
             leaving = [] if last else made
         _run_plainly(head, env)
