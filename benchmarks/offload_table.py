@@ -73,10 +73,10 @@ def model_of(shape, policy, layers):
     return plain if policy == "none" else nj.apply_selective_checkpointing(plain, policy)
 
 
-def workload(shape, row, layers):
+def workload(shape, row, layers, batch=8, length=1024):
     """A loss and its arguments as shapes."""
     policy, ahead = ROWS[row]
-    model, tokens = model_of(shape, policy, layers), jax.ShapeDtypeStruct((8, 1024), jnp.int32)
+    model, tokens = model_of(shape, policy, layers), jax.ShapeDtypeStruct((batch, length), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     loss = lambda p, t: models.loss_of(model.apply(p, t), t)
     if ahead is not None:
@@ -117,7 +117,7 @@ def measured(shape, row, target, layers):
     [answer] = compile_all([job])
     found = measurement(program, where, answer)
     if answer.bytes is None:
-        return {"out_of_memory": found.message}
+        return {"out_of_memory": found.message, "flops": found.flops}
     sizes, gaps = set_aside(found.texts), distances(found.texts("hlo"))
     return {
         "temp_bytes": sizes["device"],

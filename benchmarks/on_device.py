@@ -34,17 +34,16 @@ def workload(policy, args):
     return gpt_table.linen(policy, batch=args.batch, length=args.length, layers=args.layers)
 
 
-def compiled(policy, args):
-    """The compiled step of a policy, and arrays to run it on."""
-    loss, shapes = workload(policy, args)
+def compiled(loss, shapes):
+    """The compiled step of a loss, and arrays to run it on."""
     step = jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile()
     arrays = jax.jit(lambda: jax.tree.map(lambda x: jax.numpy.full(x.shape, 0.01, x.dtype), shapes))()
     return step, jax.block_until_ready(arrays)
 
 
-def peak(policy, args):
+def peak(loss, shapes):
     """Bytes in use at most while a few steps run, and those in use before; None where the device does not say."""
-    step, arrays = compiled(policy, args)
+    step, arrays = compiled(loss, shapes)
     stats = jax.devices()[0].memory_stats()
     if not stats:
         return {"before": None, "peak": None}
@@ -62,17 +61,17 @@ def peaks(policies, argv):
     return found
 
 
-def times(policies, args):
-    """Median seconds of a step of each policy, taken in turn."""
-    steps = {policy: compiled(policy, args) for policy in policies}
-    found = {policy: [] for policy in policies}
-    for round_ in range(args.steps + 2):
-        for policy, (step, arrays) in steps.items():
+def times(workloads, rounds):
+    """Median seconds of a step of each ``name: (loss, shapes)``, taken in turn."""
+    steps = {name: compiled(*workload) for name, workload in workloads.items()}
+    found = {name: [] for name in steps}
+    for round_ in range(rounds + 2):
+        for name, (step, arrays) in steps.items():
             start = time.perf_counter()
             jax.block_until_ready(step(*arrays))
             if round_ >= 2:  # warm
-                found[policy].append(time.perf_counter() - start)
-    return {policy: statistics.median(seconds) for policy, seconds in found.items()}
+                found[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 def sheet_here():
@@ -83,7 +82,8 @@ def sheet_here():
 
 
 def rows(policies, args, argv):
-    measured_peaks, seconds = peaks(policies, argv), times(policies, args)
+    measured_peaks = peaks(policies, argv)
+    seconds = times({policy: workload(policy, args) for policy in policies}, args.steps)
     sheet, calibrated = sheet_here(), calibration.calibrate()
     for policy in policies:
         loss, shapes = workload(policy, args)
@@ -123,6 +123,13 @@ def table(found):
     return report.table(f"on {jax.devices()[0].device_kind}", columns, lines)
 
 
+def about():
+    """Date, device and versions, for a file of figures."""
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    versions = {name: installed[name] for name in PACKAGES if name in installed}
+    return {"date": str(datetime.date.today()), "device": jax.devices()[0].device_kind, "versions": versions}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", default="none,all,alternate,heavy_ops")
@@ -133,15 +140,12 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     if args.peak_of:
-        print(json.dumps(peak(args.peak_of, args)))
+        print(json.dumps(peak(*workload(args.peak_of, args))))
         return
     found = list(rows(args.policies.split(","), args, sys.argv[1:]))
     print(table(found))
     if args.out:
-        installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-        versions = {name: installed[name] for name in PACKAGES if name in installed}
-        about = {"date": str(datetime.date.today()), "device": jax.devices()[0].device_kind, "versions": versions}
-        (args.out / "on_device.json").write_text(json.dumps({**about, "rows": found}, indent=1) + "\n")
+        (args.out / "on_device.json").write_text(json.dumps({**about(), "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The pictures of the README, from compiled steps and from benchmarks/results.
+"""The pictures of the README and of docs/offload.md, from compiled steps, the time model and benchmarks/results.
 
-    python docs/pictures.py        # docs/timeline.png, docs/policies.png, docs/peak.png; needs the extra [tpu]
+    python docs/pictures.py        # all of them, or those named: timeline (needs the extra [tpu]), policies, peak, offload
 
 `docs/compare_gpt.png` is what `python examples/train_gpt.py --compare --out docs` writes.
 """
@@ -9,6 +9,8 @@ import json
 import pathlib
 import sys
 
+import jax
+import jax.numpy as jnp
 import matplotlib
 
 import nexus_jax as nj
@@ -17,6 +19,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+import models
 import train_gpt
 
 HERE = pathlib.Path(__file__).parent
@@ -74,6 +78,34 @@ def peak():
     _finish(figure, axes, "peak.png")
 
 
+def offload():
+    """How much of what a GPT keeps the links of four devices move while it computes, by the width of its layers."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    widths = [2**k for k in range(8, 15)]
+    for axes, policy in zip(panels, ("heavy_ops", "all"), strict=True):
+        for target, color in {**COLORS, "v5p": "#6a9955", "v6e": "#a05195"}.items():
+            auto = nj.ActivationOffloader(offload_threshold_mb="auto", target=target, prefetch_ahead=1)
+            every = nj.ActivationOffloader(offload_threshold_mb=1.0, prefetch_ahead=1)
+            shares = [100 * _moved(auto, policy, d) / _moved(every, policy, d) for d in widths]
+            axes.plot(widths, shares, color=color, marker="o", markersize=4, label=target)
+        axes.set(xscale="log", xlabel="width of the model")
+        axes.set_xticks(widths, [str(d) for d in widths])
+        axes.minorticks_off()
+        axes.set_title(f"policy {policy}", loc="left", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("moved while the layers compute, % of what is kept")
+    _finish(figure, panels[1], "offload.png")
+
+
+def _moved(offloader, policy, width):
+    """Bytes that leave, of a GPT of six layers and 8 x 1024 tokens."""
+    gpt = models.GPT(layers=6, d=width, heads=width // 64, vocab=1024, dtype=jnp.bfloat16)
+    model, tokens = nj.apply_selective_checkpointing(gpt, policy), jax.ShapeDtypeStruct((8, 1024), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    loss = offloader.wrap(lambda p, t: models.loss_of(model.apply(p, t), t))
+    return sum(r.nbytes for r in nj.residuals(loss, params, tokens) if r.place == "host")
+
+
 def _finish(figure, axes, name):
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
@@ -81,7 +113,8 @@ def _finish(figure, axes, name):
     plt.close(figure)
 
 
+PICTURES = {f.__name__: f for f in (timeline, policies, peak, offload)}
+
 if __name__ == "__main__":
-    policies()
-    peak()
-    timeline()
+    for name in sys.argv[1:] or PICTURES:
+        PICTURES[name]()

@@ -243,7 +243,8 @@ def test_memory_is_freed_by_the_compilers_with_default_flags(compiled):
 def test_each_layer_that_comes_back_earlier_takes_its_bytes(compiled):
     target, layer, (_, _, *ours), _ = compiled
     steps = [b[0] - a[0] for a, b in itertools.pairwise(ours)]
-    most = [1, 1.6 if target == "v5e" else 1, 1]  # on a TPU, the layout of the memory takes some at one place
+    # On a TPU, what leaves beside the next layer is copied first, and the layout of the memory takes some at one place.
+    most = [1.25, 1.6, 1] if target == "v5e" else [1, 1, 1]
     assert all(0.999 * layer <= step <= 1.001 * m * layer for step, m in zip(steps, most, strict=True))
 
 
