@@ -50,4 +50,4 @@ def test_private_names_of_jax_and_flax_are_in_one_file():
             part.startswith("_") for m in imported(path) if m.split(".")[0] in ("jax", "flax") for part in m.split(".")
         )
     }
-    assert private <= {"_compat.py"}
+    assert private == {"_compat.py"}
