@@ -1,6 +1,6 @@
-"""What offloading takes on targets that nobody here owns: the 12-layer GPT of docs/offload.md, unrolled and scanned.
+"""What offloading takes on targets that nobody here owns: the 12-layer GPT of docs/offload.md, unrolled, scanned, in nnx.
 
-    python benchmarks/offload_table.py [--targets h200,v5e] [--shapes unrolled,scanned] [--out benchmarks/results]
+    python benchmarks/offload_table.py [--targets h200,v5e] [--shapes unrolled,scanned,nnx] [--out benchmarks/results]
 
 Nothing runs. Bytes are those that the compiler sets aside, read from its buffer assignment: libtpu's own sums count
 fragmented memory twice. The distance of a copy is how many matmuls stand between its start and its end in the
@@ -43,6 +43,8 @@ ROWS = {
 }
 # In a scan, copies are tied to its steps, whatever prefetch_ahead says.
 SAME = [name for name, (_, ahead) in ROWS.items() if ahead in (0, 2, 3)]
+NNX = ("none", "full remat", "ours, prefetch_ahead=0", "ours with heavy_ops, prefetch_ahead=1")
+SHAPES = {"unrolled": tuple(ROWS), "scanned": tuple(r for r in ROWS if r not in SAME), "nnx": NNX}
 
 
 class Step(nn.Module):
@@ -76,12 +78,18 @@ def model_of(shape, policy, layers):
 def workload(shape, row, layers, batch=8, length=1024):
     """A loss and its arguments as shapes."""
     policy, ahead = ROWS[row]
-    model, tokens = model_of(shape, policy, layers), jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    loss = lambda p, t: models.loss_of(model.apply(p, t), t)
+    if shape == "nnx":
+        loss, args = gpt_table.flax_nnx(policy, batch, length, layers)
+    else:
+        model, tokens = model_of(shape, policy, layers), jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        loss, args = lambda p, t: models.loss_of(model.apply(p, t), t), (_params(model, tokens), tokens)
     if ahead is not None:
         loss = nj.ActivationOffloader(offload_threshold_mb=MB, prefetch_ahead=ahead).wrap(loss)
-    return loss, (params, tokens)
+    return loss, args
+
+
+def _params(model, tokens):
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)
 
 
 def set_aside(texts):
@@ -148,14 +156,14 @@ def table(shape, target, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default="h200,v5e")
-    parser.add_argument("--shapes", default="unrolled,scanned")
+    parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--out", type=pathlib.Path)
     asked = parser.parse_args()
     for shape in asked.shapes.split(","):
         for target in asked.targets.split(","):
             rows = {}
-            for row in [name for name in ROWS if shape == "unrolled" or name not in SAME]:
+            for row in SHAPES[shape]:
                 rows[row] = measured(shape, row, target, asked.layers)
                 print(f"{shape} {target} {row}: {rows[row]}", file=sys.stderr, flush=True)
             print(table(shape, target, rows), flush=True)

@@ -87,7 +87,8 @@ class Forward:
         jaxpr, n_consts = flat.jaxpr, len(flat.consts)
         outs, leaves = jaxpr.outvars[: known["n"]], jaxpr.outvars[known["n"] :]
         pick = lambda flags: {v for v, f in zip(jaxpr.invars, [True] * n_consts + [*flags], strict=True) if f}
-        cuts = layer_cuts(jaxpr, pick(weights))
+        scanned = any(loop.steps >= FEW for loop in loops_that_keep(jaxpr, set(variables(leaves))).values())
+        cuts = [] if scanned else layer_cuts(jaxpr, pick(weights))  # the steps of a scan are the layers
         cuts = cuts if len(cuts) >= FEW else []  # of fewer layers nothing is gained, and waists may be none of layers
         own = pick(fixed)
         self.ahead = ahead
