@@ -55,6 +55,12 @@ def without_constvars(jaxpr: Any) -> Any:
     return partial_eval.convert_constvars_jaxpr(jaxpr)
 
 
+def varying_axes(aval: Any) -> tuple[str, ...]:
+    """The axes of a mesh over which a value differs, inside ``shard_map``."""
+    kind = getattr(aval, "manual_axis_type", None)  # jax 0.12; before, the axes themselves
+    return tuple(kind.varying if kind is not None else getattr(aval, "vma", ()))
+
+
 def bind_checkpoint(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], policy: Callable[..., Any]) -> list[Any]:
     """``jax.checkpoint`` of a program that is traced already: a second trace would double the time of the first.
 

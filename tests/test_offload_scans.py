@@ -119,6 +119,12 @@ def test_no_more_leaves_than_autodiff_keeps(model):
     assert sum(r.nbytes for r in on_host(loss, *args)) <= sum(r.nbytes for r in kept)
 
 
+@pytest.mark.parametrize(("model", "scans_"), [(two_of_one, 2), (cast_weights, 2), (scaled, 2), (two_scans, 4)])
+def test_what_is_made_again_is_made_in_the_step_that_needs_it(model, scans_):
+    step = jax.make_jaxpr(jax.grad(OFFLOADER.wrap(loss_of(model)), (0, 1)))(*arguments())
+    assert sum(e.primitive.name == "scan" for e in flatten(step).eqns) == scans_  # none that makes whole stacks
+
+
 def test_of_two_views_one_leaves():
     found = on_host(loss_of(two_of_one), *arguments())
     carried, hidden = 4 * STEPS * ROWS * D, 4 * STEPS * ROWS * 4 * D

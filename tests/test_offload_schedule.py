@@ -109,6 +109,35 @@ def test_a_residual_leaves_while_the_next_layer_runs():
     assert sum(b for _, b in forward) == 0
 
 
+def test_with_nothing_ahead_a_residual_leaves_while_its_own_layer_runs():
+    forward = fences(lambda p: jax.vjp(offloader(0).wrap(mlp), p, X), weights())
+    # A layer makes tanh, and the next one's input; what the last one hands on is the head's.
+    assert [o for o, _ in forward] == [*[EACH] * (LAYERS - 1), EACH - X.nbytes]
+
+
+def test_what_is_before_a_scan_is_no_layer():
+    def loss(params, x):
+        scales = [jnp.broadcast_to(jnp.float32(i), (8,)) for i in range(8)]  # the same equation, again and again
+        x, _ = jax.lax.scan(lambda x, p: (block(x, p) * sum(scales), None), x, params)
+        return jnp.sum(jnp.sin(x))
+
+    assert any(r.place == "host" for r in nj.residuals(offloader().wrap(loss), stack(weights(6)), X))
+
+
+def test_layers_with_a_short_scan_in_each_are_layers():
+    def layer(x, p):
+        x, _ = jax.lax.scan(lambda x, _: (jnp.tanh(x @ p["up"]) @ p["down"], None), x, None, length=2)
+        return x
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(functools.reduce(layer, params, x)))
+
+    params = weights(6)
+    plain, ours = (jax.jit(jax.grad(f, (0, 1)))(params, X) for f in (loss, offloader().wrap(loss)))
+    assert_close(plain, ours, 1e-5)
+    assert any(r.place == "host" for r in nj.residuals(offloader().wrap(loss), params, X))
+
+
 @pytest.mark.parametrize("ahead", [0, 1, 2, 3])
 def test_a_residual_comes_back_as_many_layers_ahead_as_asked(ahead):
     loss = offloader(ahead).wrap(mlp)

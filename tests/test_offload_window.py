@@ -85,6 +85,13 @@ def test_what_comes_back_needs_a_window_too():
     assert rates.back(1e-3) == 2 * rates.out(1e-3) == int(2e-3 * sheet("h200").host_to_device_bandwidth)
 
 
+def test_a_slow_way_back_keeps_it_on_the_device(monkeypatch):
+    auto = dict(offload_threshold_mb="auto", target="v5e", prefetch_ahead=1)
+    assert moved(unrolled, arguments(16384, False), **auto)
+    monkeypatch.setattr(Windows, "back", lambda self, beside: 0)
+    assert not moved(unrolled, arguments(16384, False), **auto)
+
+
 def test_gradients_are_the_plain_ones(monkeypatch):
     slow = functools.partial(Windows.seconds)
     monkeypatch.setattr(Windows, "seconds", lambda self, program: 1e3 * slow(self, program))  # so that small ones move

@@ -1,6 +1,7 @@
 """`nexus_jax.plan` on the local compiler: it fits, it says what it did, and bad input is refused."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nexus_jax as nj
-from nexus_jax.planner import loop
+from nexus_jax.planner import loop, make
 from nexus_jax.planner.budget import budget_of
 from nexus_jax.planner.make import plan
 from nexus_jax.planner.plan import Infeasible, Plan
@@ -223,3 +224,13 @@ def test_the_search_settles_where_predictions_get_worse_as_it_backs_off():
     true = [at + overlooked(budget - at) for at in range(budget)]
     found = loop.search(budget, budget, lambda at: at, lambda at: true[at])
     assert 0.97 * budget < found.best.compiled <= budget
+
+
+@pytest.mark.parametrize(("peak", "tried"), [(1.3, True), (1.6, False)])
+def test_a_fixed_policy_is_tried_though_the_coarse_model_says_that_it_does_not_fit(monkeypatch, peak, tried):
+    planner, budget = make.Planner(loss, SHAPES), 12 * MIB
+    fast = types.SimpleNamespace(ticks=1, peak=int(peak * budget))
+    monkeypatch.setattr(make, "baselines", lambda model: [types.SimpleNamespace(path=fast)])
+    monkeypatch.setattr(planner, "predicted", lambda path: budget)
+    monkeypatch.setattr(planner, "measured", lambda path: types.SimpleNamespace(device_bytes=budget))
+    assert planner._fixed(budget, None, []) is (fast if tried else None)

@@ -58,7 +58,7 @@ def test_the_smallest_budget_named_is_enough():
     needs("h200")
     fn, args = workload(models.GPT, layers=3, dtype=jnp.bfloat16)
     planner = Planner(fn, args, target="h200", objective="flops")
-    with pytest.raises(Infeasible) as error:
+    with pytest.raises(Infeasible, match="is too small on h200: the step takes") as error:
         planner.plan(planner.before.device_bytes // 20)
     assert planner.plan(error.value.smallest).device_bytes <= error.value.smallest
 

@@ -17,7 +17,7 @@ from nexus_jax import _compat, ambient
 from nexus_jax.adapters.classes import Settings, base_of, settings_of, transformed
 from nexus_jax.adapters.linen import ask_where
 from nexus_jax.boundary import checkpointed, planned
-from nexus_jax.policy.rules import Policy
+from nexus_jax.policy.rules import Policy, Whole
 from nexus_jax.policy.select import ModuleNode, Path, Selection, _natural, check_selection, select
 
 _SINGLE_OPS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, nnx.Embed, nnx.Dropout)
@@ -162,7 +162,8 @@ def _enter(original: Callable[..., Any], self: nnx.Module, args: Any, kwargs: An
             return _compat.lift_nnx(checkpointed(given.boundary), original, self, args, kwargs)
         if given.offloader is not None:
             stack.enter_context(given.offloader.in_force())
-        run = functools.partial(_planned, original) if given.policy and given.policy.whole else original
+        whole = None if given.policy is None or _INSIDE.value else given.policy.whole
+        run = original if whole is None else functools.partial(_planned, original, whole)
         offloader = ambient.current()
         if offloader is None:
             return run(self, *args, **kwargs)
@@ -170,13 +171,10 @@ def _enter(original: Callable[..., Any], self: nnx.Module, args: Any, kwargs: An
         return _compat.lift_nnx(offloader.run, run, self, args, kwargs)
 
 
-def _planned(original: Callable[..., Any], self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+def _planned(original: Callable[..., Any], whole: Whole, self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
     """A root's call under a policy that decides for all of it."""
-    policy = settings_of(type(self)).policy
-    if _INSIDE.value or policy is None or policy.whole is None:
-        return original(self, *args, **kwargs)
     with _INSIDE(True):
-        return _compat.lift_nnx(planned(policy.whole, type(self)), original, self, args, kwargs)
+        return _compat.lift_nnx(planned(whole, type(self)), original, self, args, kwargs)
 
 
 # Kinds of boundary that ran, and kinds of model that were looked at.

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.extend import core as jex
 
+from nexus_jax import _compat
 from nexus_jax.flat import flatten, live
 from nexus_jax.offloading import scans
 from nexus_jax.offloading.hazards import check_loops
@@ -87,18 +88,18 @@ class Forward:
         jaxpr, n_consts = flat.jaxpr, len(flat.consts)
         outs, leaves = jaxpr.outvars[: known["n"]], jaxpr.outvars[known["n"] :]
         pick = lambda flags: {v for v, f in zip(jaxpr.invars, [True] * n_consts + [*flags], strict=True) if f}
+        own = pick(fixed)
         scanned = any(loop.steps >= FEW for loop in loops_that_keep(jaxpr, set(variables(leaves))).values())
+        jaxpr, outs, leaves, needed = scans.opened(jaxpr, outs, leaves, own)
         cuts = [] if scanned else layer_cuts(jaxpr, pick(weights))  # the steps of a scan are the layers
         cuts = cuts if len(cuts) >= FEW else []  # of fewer layers nothing is gained, and waists may be none of layers
-        own = pick(fixed)
         self.ahead = ahead
         self.treedef, self.consts = known["treedef"], flat.consts
-        jaxpr, outs, leaves, needed = scans.opened(jaxpr, outs, leaves, own)
         self.kept = keep(jaxpr, stages(jaxpr, cuts), leaves, own, needed)
         self.outs = outs
         self.jaxpr = live(jaxpr.replace(outvars=[*outs, *self.kept.variables]))
-        runs = {v for eqn in self.jaxpr.eqns for v in eqn.outvars}  # what is only made again is not made here
-        self.stages = stages(self.jaxpr, [sum(not runs.isdisjoint(e.outvars) for e in jaxpr.eqns[:c]) for c in cuts])
+        runs = {id(eqn) for eqn in self.jaxpr.eqns}  # what is only made again is not made here
+        self.stages = stages(self.jaxpr, [sum(id(eqn) in runs for eqn in jaxpr.eqns[:cut]) for cut in cuts])
         self.groups = self._groups({v for v in self.kept.variables if v not in own})
         leaving = self.groups[: _leaving(len(self.stages), ahead)]
         self.moved = {v for group in leaving for v in group if wanted(v.aval)}
@@ -400,8 +401,6 @@ def _can_be_zero(aval: Any) -> bool:
 def _zero(aval: Any) -> Any:
     explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
     zero = jnp.zeros(aval.shape, aval.dtype, out_sharding=aval.sharding if explicit else None)
-    kind = getattr(aval, "manual_axis_type", None)  # jax 0.12; before, the axes themselves
-    varying = tuple(kind.varying if kind is not None else getattr(aval, "vma", ()))
-    if varying:  # inside shard_map
+    if varying := _compat.varying_axes(aval):  # inside shard_map
         zero = jax.lax.pcast(zero, varying, to="varying")
     return jax.device_put(zero, HOST) if aval.memory_space == HOST else zero

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import tomli_w
 from jax.extend import core as jex
 
+from nexus_jax import _compat
 from nexus_jax import flat as flats
 from nexus_jax.boundary import Call, is_floating
 from nexus_jax.planner import files
@@ -33,8 +34,8 @@ class Budget:
     """What a model's call may take; planned for each program that is differentiated, and kept on disk.
 
     The budget is that of the call and its gradient: what is differentiated and the other inputs, what the model keeps, the
-    gradients. The loss after it is stood in for by the sum of squares of what the model returns, sows and changes. The state of an optimizer
-    and what the loss itself keeps come on top.
+    gradients. The loss after it is stood in for by the sum of squares of what the model returns, sows and changes. The
+    state of an optimizer and what the loss itself keeps come on top.
 
     Args:
         memory_budget: bytes, ``"12GiB"``, or ``"90%"`` of what a program may take on the target.
@@ -120,7 +121,7 @@ def _named(eqn: Any) -> bool:
 
 def _sharded(aval: Any) -> bool:
     spec = getattr(getattr(aval, "sharding", None), "spec", ())
-    return any(axis is not None for axis in spec) or bool(getattr(aval, "vma", ()))
+    return any(axis is not None for axis in spec) or bool(_compat.varying_axes(aval))
 
 
 class CallPlanner(Planner):
