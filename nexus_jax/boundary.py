@@ -256,7 +256,7 @@ def offloaded(
             )
             traced(sum(nbytes(v.aval) for v in staged.moved))
             out, kept = staged(arrays, to_host)
-            return out, (_Static(staged.way_back()), kept)
+            return out, (Static(staged.way_back()), kept)
 
         def backward(residuals, cotangents):
             back, kept = residuals
@@ -270,7 +270,7 @@ def offloaded(
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Static:
+class Static:
     """Configuration on its way through JAX; equal only to itself."""
 
     value: Any

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexus_jax.planner.graph import CannotRecompute, Choice, Graph, Op, price
+from nexus_jax.planner.graph import GIGA, CannotRecompute, Choice, Graph, Link, Op, price
 from nexus_jax.planner.solve import Model, SolverTimeout, frontier, optimum, trimmed
 
 
@@ -30,7 +30,16 @@ def graphs(draw, largest=7, transfers=False):
         needed=draw(st.frozensets(values)),
         free=draw(st.frozensets(st.integers(0, n_inputs - 1))),
         keepable=frozenset(range(count)) - draw(st.frozensets(values, max_size=2)),
-        transfer=tuple(draw(st.lists(st.integers(0, 9), min_size=count, max_size=count))) if transfers else (),
+        movable=draw(st.frozensets(values)) if transfers else frozenset(),
+        link=draw(st.none() | links()) if transfers else None,
+    )
+
+
+def links():
+    """Links of any speed, time windows of any length."""
+    a_byte, ticks = st.integers(0, 3 * GIGA), st.integers(0, 30)
+    return st.builds(
+        Link, out=a_byte, back=a_byte, hidden_out=ticks, hidden_back=ticks, touch=a_byte, already=st.integers(0, 8)
     )
 
 
@@ -38,7 +47,7 @@ def choices(graph, offload):
     """Every choice that is one, with its price."""
     places = ("recompute", "save", "offload") if offload else ("recompute", "save")
     values = sorted(graph.keepable)
-    for picked in itertools.product(places, repeat=len(values)):
+    for picked in itertools.product(*(places if v in graph.movable else places[:2] for v in values)):
         where = {p: frozenset(v for v, q in zip(values, picked, strict=True) if q == p) for p in places}
         choice = Choice(saved=where["save"], offloaded=where.get("offload", frozenset()))
         try:
@@ -70,6 +79,19 @@ def test_the_optimum_with_a_host_is_that_of_all_choices(graph, device, host):
     if found is not None:
         assert price(graph, found).device <= device
         assert price(graph, found).host <= host
+
+
+@settings(max_examples=200, deadline=None)
+@given(graphs(largest=5, transfers=True), st.integers(1, 30), st.sampled_from([None, 0, 3]))
+def test_the_frontier_with_a_host_is_that_of_all_choices(graph, host, solves):
+    prices = {(p.device, p.ticks) for _, p in choices(graph, offload=True) if p.host <= host}
+    undominated = {p for p in prices if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in prices)}
+    found = frontier(graph, host=host, solves=solves)
+    points = {(p.price.device, p.price.ticks) for p in found.points}
+    assert points == undominated if solves is None else points <= prices
+    assert all(price(graph, p.choice) == p.price and p.price.host <= host for p in found.points)
+    for device, ticks in prices:
+        assert next(b for b in found.bounds if b.low <= device).ticks <= ticks
 
 
 @settings(max_examples=300, deadline=None)

@@ -24,7 +24,7 @@ from jax.extend import core as jex
 
 from nexus_jax import _compat
 from nexus_jax.flat import flatten, live
-from nexus_jax.offloading import scans
+from nexus_jax.offloading import marks, scans
 from nexus_jax.offloading.hazards import check_loops
 from nexus_jax.offloading.keep import Kept, keep, latest
 from nexus_jax.offloading.loops import cuts_around, loops_that_keep, loops_that_take
@@ -62,6 +62,8 @@ class Forward:
         weights: which of them are parameters.
         wanted: asked of the type of each value that may leave, whether it goes to the host.
         ahead: how many layers before its own a value comes back; so many of the last layers keep theirs on the device.
+        marked: whether the program says by names where its stages end and what leaves (:mod:`nexus_jax.offloading.marks`);
+            then nothing is asked.
         windows: if given, only what is hidden behind the computing leaves, of each layer the largest first.
     """
 
@@ -72,9 +74,10 @@ class Forward:
         *,
         fixed: Sequence[bool],
         weights: Sequence[bool],
-        wanted: Callable[[Any], bool],
         ahead: int,
+        wanted: Callable[[Any], bool] = lambda aval: True,
         windows: Windows | None = None,
+        marked: bool = False,
     ):
         known: dict[str, Any] = {}
 
@@ -89,10 +92,13 @@ class Forward:
         outs, leaves = jaxpr.outvars[: known["n"]], jaxpr.outvars[known["n"] :]
         pick = lambda flags: {v for v, f in zip(jaxpr.invars, [True] * n_consts + [*flags], strict=True) if f}
         own = pick(fixed)
-        scanned = any(loop.steps >= FEW for loop in loops_that_keep(jaxpr, set(variables(leaves))).values())
-        jaxpr, outs, leaves, needed = scans.opened(jaxpr, outs, leaves, own)
-        cuts = [] if scanned else layer_cuts(jaxpr, pick(weights))  # the steps of a scan are the layers
-        cuts = cuts if len(cuts) >= FEW else []  # of fewer layers nothing is gained, and waists may be none of layers
+        if marked:
+            needed, cuts = None, marks.cuts(jaxpr)
+        else:
+            scanned = any(loop.steps >= FEW for loop in loops_that_keep(jaxpr, set(variables(leaves))).values())
+            jaxpr, outs, leaves, needed = scans.opened(jaxpr, outs, leaves, own)
+            cuts = [] if scanned else layer_cuts(jaxpr, pick(weights))  # the steps of a scan are the layers
+            cuts = cuts if len(cuts) >= FEW else []  # of fewer layers nothing is gained, and waists may be none of layers
         self.ahead = ahead
         self.treedef, self.consts = known["treedef"], flat.consts
         self.kept = keep(jaxpr, stages(jaxpr, cuts), leaves, own, needed)
@@ -101,8 +107,11 @@ class Forward:
         runs = {id(eqn) for eqn in self.jaxpr.eqns}  # what is only made again is not made here
         self.stages = stages(self.jaxpr, [sum(id(eqn) in runs for eqn in jaxpr.eqns[:cut]) for cut in cuts])
         self.groups = self._groups({v for v in self.kept.variables if v not in own})
-        leaving = self.groups[: _leaving(len(self.stages), ahead)]
-        self.moved = {v for group in leaving for v in group if wanted(v.aval)}
+        if marked:
+            self.moved = {v for group in self.groups for v in group} & marks.leaving(jaxpr)
+        else:
+            leaving = self.groups[: _leaving(len(self.stages), ahead)]
+            self.moved = {v for group in leaving for v in group if wanted(v.aval)}
         self.loops = loops_that_keep(self.jaxpr, self.moved)
         if self.loops or not self.moved:
             self.stages = stages(self.jaxpr, cuts_around(self.loops, len(jaxpr.eqns)))

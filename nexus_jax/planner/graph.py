@@ -34,6 +34,52 @@ class Op:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Link:
+    """What moving bytes to the host and back costs a boundary, in whole numbers.
+
+    A copy runs beside the computing: what ends in its time window is hidden, what does not delays the step. Hidden or not,
+    it reads and writes device memory, which the computing uses too.
+
+    Attributes:
+        out, back: billionths of a tick that the link takes for a byte, each way.
+        hidden_out, hidden_back: ticks of computing that copies run beside, each way.
+        touch: billionths of a tick that a byte's way takes of the device's memory.
+        already: bytes that move in any case.
+    """
+
+    out: int
+    back: int
+    hidden_out: int = 0
+    hidden_back: int = 0
+    touch: int = 0
+    already: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 0:
+                raise ValueError(f"{field.name}={getattr(self, field.name)}: write a whole number, 0 or more.")
+
+    def ticks(self, nbytes: int) -> int:
+        """What moving so many bytes costs.
+
+        Example:
+            >>> Link(out=10**9, back=2 * 10**9, hidden_out=5, hidden_back=5).ticks(4)
+            3
+        """
+        moved = nbytes + self.already
+        late = (max(0, moved * a - hidden * GIGA) for a, hidden in self.ways)
+        return -(-(sum(late) + moved * self.touch) // GIGA)
+
+    @property
+    def ways(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What a byte takes and what is hidden, out and back."""
+        return (self.out, self.hidden_out), (self.back, self.hidden_back)
+
+
+GIGA = 10**9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Graph:
     """A boundary. Values are numbers from 0.
 
@@ -43,7 +89,8 @@ class Graph:
         needed: values that the backward pass needs.
         free: values that are there anyway: arguments, parameters, what crosses into or out of the boundary.
         keepable: values that can be kept; the others are only made by differentiation, and no name reaches them.
-        transfer: ticks that a value's way to the host and back costs the step, where it is not hidden.
+        movable: of those, what can be kept on the host.
+        link: what that costs; without one nothing is kept there.
     """
 
     sizes: tuple[int, ...]
@@ -51,7 +98,8 @@ class Graph:
     needed: frozenset[int]
     free: frozenset[int] = frozenset()
     keepable: frozenset[int] = frozenset()
-    transfer: tuple[int, ...] = ()
+    movable: frozenset[int] = frozenset()
+    link: Link | None = None
 
     def __post_init__(self) -> None:
         if any(size < 0 for size in self.sizes):
@@ -68,9 +116,9 @@ class Graph:
         """The equation that makes each value."""
         return {v: i for i, op in enumerate(self.ops) for v in op.outs}
 
-    def moved(self, value: int) -> int:
-        """Ticks of a value's way to the host and back."""
-        return self.transfer[value] if self.transfer else 0
+    def transfer(self, nbytes: int) -> int:
+        """Ticks that so many bytes on the host cost."""
+        return 0 if self.link is None else self.link.ticks(nbytes)
 
     def again(self, kept: Iterable[int]) -> frozenset[int]:
         """The equations that run again when these values are kept.
@@ -133,9 +181,10 @@ def price(graph: Graph, choice: Choice) -> Price:
         >>> price(chain, Choice()), price(chain, Choice(saved=frozenset({1})))
         (Price(device=0, ticks=10, host=0), Price(device=8, ticks=5, host=0))
     """
-    wrong = choice.kept - graph.keepable
+    wrong = (choice.kept - graph.keepable) | (choice.offloaded - graph.movable)
     if wrong:
-        raise ValueError(f"value {min(wrong)} cannot be kept.")
-    ticks = sum(graph.ops[i].cost for i in graph.again(choice.kept)) + sum(map(graph.moved, choice.offloaded))
+        raise ValueError(f"value {min(wrong)} cannot be kept there.")
     paid = lambda values: sum(graph.sizes[v] for v in values - graph.free)
-    return Price(paid(choice.saved), ticks, paid(choice.offloaded))
+    host = paid(choice.offloaded)
+    ticks = sum(graph.ops[i].cost for i in graph.again(choice.kept)) + graph.transfer(host)
+    return Price(paid(choice.saved), ticks, host)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 
 from nexus_jax import _compat
 from nexus_jax import flat as flats
+from nexus_jax.boundary import Static, is_floating
 from nexus_jax.flat import Flat
+from nexus_jax.offloading import marks, transfer
 from nexus_jax.planner.needs import name_equation, nameable
 from nexus_jax.policy.places import OFFLOAD, SAVE
 
@@ -73,37 +78,97 @@ def check(flat: Flat, segments: Sequence[Segment]) -> None:
 
 
 def rewritten(flat: Flat, segments: Sequence[Segment]) -> Callable[..., list[Any]]:
-    """The flat program as a function of its inputs (constants too) that runs as the segments say."""
+    """The flat program as a function of its inputs (constants too) that runs as the segments say.
+
+    Where one of them offloads, each is a stage, which what it sends to the host leaves beside the next one and comes back
+    beside the one after it (:mod:`nexus_jax.offloading.transfer`).
+    """
     check(flat, segments)
+    if any(s.offload for s in segments):
+        return _moving(flat, _run(flat, segments, marked=True))
+    return _run(flat, segments)
+
+
+def _moving(flat: Flat, run: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """A program that marks its stages, differentiated with the copies that they ask for."""
+    call = jax.custom_vjp(lambda *given: jex.jaxpr_as_fun(jex.ClosedJaxpr(flat.jaxpr, ()))(*given))
+
+    def forward(*given: Any) -> Any:
+        arrays = [x.value for x in given]
+        moving = [i for i, x in enumerate(given) if x.perturbed and is_floating(x.value)]
+
+        def program(*values: Any) -> list[Any]:
+            filled = list(arrays)
+            for i, x in zip(moving, values, strict=True):
+                filled[i] = x
+            return run(*filled)
+
+        inputs = [arrays[i] for i in moving]
+        staged = transfer.Forward(
+            program, inputs, fixed=[True] * len(inputs), weights=[True] * len(inputs), ahead=_AHEAD, marked=True
+        )
+        out, kept = staged(inputs, _to_host)
+        return out, (Static((staged.way_back(), moving)), kept)
+
+    def backward(residuals: Any, cotangents: Any) -> Any:
+        (way, moving), kept = residuals[0].value, residuals[1]
+        whole = [_filled(c) if isinstance(c, SymbolicZero) else c for c in cotangents]
+        grads = dict(zip(moving, transfer.backward(way, kept, whole, _to_device, _AHEAD), strict=True))
+        return tuple(grads.get(i) for i in range(len(flat.jaxpr.invars)))
+
+    call.defvjp(forward, backward, symbolic_zeros=True)
+    return lambda *given: list(call(*given))
+
+
+def _filled(zero: Any) -> Any:
+    return np.zeros(zero.shape, zero.dtype) if zero.dtype == jax.dtypes.float0 else jnp.zeros(zero.shape, zero.dtype)
+
+
+def _to_host(x: Any) -> Any:
+    return jax.device_put(x, jax.memory.Space.Host)
+
+
+def _to_device(x: Any) -> Any:
+    return jax.device_put(x, jax.memory.Space.Device)
+
+
+def _run(flat: Flat, segments: Sequence[Segment], marked: bool = False) -> Callable[..., list[Any]]:
     used = _used_after(flat, segments)
     parts = [_part(flat, s, outs) for s, outs in zip(segments, used, strict=True)]
+    ends = [_ends(flat, s, outs) if marked else None for s, outs in zip(segments, used, strict=True)]
 
     def run(*given: Any) -> list[Any]:
         env = dict(zip(flat.jaxpr.invars, given, strict=True))
-        for segment, outs, (jaxpr, ins) in zip(segments, used, parts, strict=True):
+        for segment, outs, end, (jaxpr, ins) in zip(segments, used, ends, parts, strict=True):
             args = [env[v] for v in ins]
             if segment.boundary:
-                made = _compat.bind_checkpoint(jaxpr, (), args, _offloading() if segment.offload else _SAVING)
+                made = _compat.bind_checkpoint(jaxpr, (), args, _KEEPING)
             else:
                 made = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*args)
+            if end is not None:
+                made = end(made)
             env.update(zip(outs, made, strict=True))
         return [v.val if isinstance(v, jex.Literal) else env[v] for v in flat.jaxpr.outvars]
 
     return run
 
 
-_SAVING = jax.checkpoint_policies.save_only_these_names(SAVE)
+_KEEPING = jax.checkpoint_policies.save_only_these_names(SAVE, OFFLOAD)
+_AHEAD = 1  # what leaves beside the next stage comes back beside it
 
 
-@functools.cache
-def _offloading() -> Any:
-    _compat.require_offload_policies()
-    return jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[SAVE],
-        names_which_can_be_offloaded=[OFFLOAD],
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
+def _ends(flat: Flat, segment: Segment, outs: Sequence[Any]) -> Callable[[Sequence[Any]], list[Any]]:
+    """Marks what a segment hands on."""
+    values = numbered(flat, segment)
+    away = {values[n] for n in segment.offload}
+
+    def mark(v: Any, x: Any) -> Any:
+        if not nameable(v.aval):
+            return x
+        x = checkpoint_name(x, OFFLOAD) if v in away else x
+        return checkpoint_name(x, marks.END)
+
+    return lambda made: [mark(v, x) for v, x in zip(outs, made, strict=True)]
 
 
 def _used_after(flat: Flat, segments: Sequence[Segment]) -> list[list[Any]]:

@@ -2,13 +2,15 @@
 
 The integer program has a variable for each value saved, each value offloaded, and each equation made again:
 
-    minimise    sum of ticks made again + sum of ticks of transfers
+    minimise    sum of ticks made again + late out + late back + touch * bytes offloaded
     such that   saved + offloaded + made again >= 1                      for each value that is needed
                 saved + offloaded + made again >= made again of user     for each input of each equation
                 bytes saved <= device,  bytes offloaded <= host
+                late >= ticks of the link for the bytes offloaded - time window,  late >= 0,  for each way
 
 HiGHS solves it in floating point; its answer is rounded, priced again in integers, and rid of what it keeps in vain.
-Whether an equation is made again follows from what is kept, so only the latter need be whole: the relaxation is tight.
+Whether an equation is made again follows from what is kept, so only the latter need be whole: the relaxation is tight,
+where nothing is offloaded.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize, sparse
 
-from nexus_jax.planner.graph import CannotRecompute, Choice, Graph, Price, price
+from nexus_jax.planner.graph import GIGA, CannotRecompute, Choice, Graph, Price, price
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,7 @@ def optimum(
     Raises:
         SolverTimeout: the deadline passed.
     """
-    model = model or Model(graph, offload=host > 0)
+    model = model or Model(graph, host)
     allowed, host_allowed = device, host
     while allowed >= 0 and host_allowed >= 0:
         found = model.solve(allowed, host_allowed, deadline)
@@ -152,7 +154,7 @@ def frontier(graph: Graph, *, host: int = 0, solves: int | None = None, deadline
     if not search.ends():
         return Stairs()
     try:
-        if host == 0 and solves is not None:
+        if solves is not None:
             search.corners()
         while solves is None or solves > 0:
             limit = search.widest()
@@ -183,7 +185,7 @@ class _Search:
 
     def __init__(self, graph: Graph, host: int, deadline: float):
         self.graph, self.host, self.deadline = graph, host, deadline
-        self.model = Model(graph, offload=host > 0)
+        self.model = Model(graph, host)
         self.found: list[_Known] = []  # most bytes first
         self.lines: list[Line] = []
         self.none = -1  # no choice keeps so few bytes
@@ -224,11 +226,16 @@ class _Search:
 
     def _gaps(self) -> Iterator[tuple[int, int, int, int]]:
         """(fewest bytes, most bytes, ticks just above, ticks just below) of where the cheapest is not known."""
-        dearest = 1 + sum(op.cost for op in self.graph.ops)
+        dearest = 1 + self._dearest()
         after = [(k.limit, k.price.ticks) for k in self.found[1:]]
         for known, (limit, ticks) in zip(self.found, [*after, (self.none, dearest)], strict=True):
             if known.price.device - 1 > limit and ticks > known.price.ticks:
                 yield limit + 1, known.price.device - 1, known.price.ticks, ticks
+
+    def _dearest(self) -> int:
+        """Ticks that no choice costs more than."""
+        moved = min(self.host, sum(self.graph.sizes[v] for v in self.graph.movable))
+        return sum(op.cost for op in self.graph.ops) + (self.graph.transfer(moved) if self.host else 0)
 
     def _least(self, nbytes: int, above: int) -> int:
         return max([above, *(line.least(nbytes) for line in self.lines)])
@@ -252,8 +259,10 @@ class _Search:
                 return
             choice = trimmed(self.graph, choice)
             paid = price(self.graph, choice)
+            if paid.host > self.host:
+                return
             value = lambda p: p.ticks * nbytes + p.device * ticks
-            doubt = (sum(op.cost for op in self.graph.ops) * nbytes + sum(self.graph.sizes) * ticks) >> 20
+            doubt = (self._dearest() * nbytes + sum(self.graph.sizes) * ticks) >> 20
             self.lines.append(Line(nbytes, ticks, min(value(paid), value(above.price)) - doubt))
             if value(paid) < value(above.price):
                 self._insert(choice, paid.device)
@@ -291,7 +300,8 @@ def trimmed(graph: Graph, choice: Choice) -> Choice:
     read = graph.needed.union(*(graph.ops[i].ins for i in again))
     for value in sorted(choice.kept, key=lambda v: (-graph.sizes[v], v)):
         op = graph.maker.get(value)
-        if value in read and op not in again and (op is None or graph.ops[op].cost > graph.moved(value)):
+        stays = value not in choice.offloaded
+        if stays and value in read and op not in again and (op is None or graph.ops[op].cost > 0):
             continue  # to make it would cost more
         fewer = Choice(saved=choice.saved - {value}, offloaded=choice.offloaded - {value})
         try:
@@ -306,22 +316,26 @@ def trimmed(graph: Graph, choice: Choice) -> Choice:
 class Model:
     """The integer program of one graph; its matrix is built once, and solved for many limits."""
 
-    def __init__(self, graph: Graph, offload: bool = False):
-        self.graph = graph
+    def __init__(self, graph: Graph, host: int = 0):
+        self.graph, self.host = graph, host
         ops = self._reachable()
         values = sorted({v for i in ops for v in (*graph.ops[i].ins, *graph.ops[i].outs)} | graph.needed)
         self.values = [v for v in values if v in graph.keepable and v not in graph.free]
         self.ops = sorted(ops)
         n, m = len(self.values), len(self.ops)
-        self.offload = n if offload else 0
+        self.link = graph.link if host else None
+        movable = [v for v in self.values if v in graph.movable] if host else []
         self.save_at = {v: k for k, v in enumerate(self.values)}
-        self.op_at = {i: n + self.offload + k for k, i in enumerate(self.ops)}
-        self.count = n + self.offload + m
-        transfers = [graph.moved(v) for v in self.values] if offload else []
-        self.costs = np.array([0] * n + transfers + [graph.ops[i].cost for i in self.ops], float)
+        self.move_at = {v: n + k for k, v in enumerate(movable)}
+        self.op_at = {i: n + len(movable) + k for k, i in enumerate(self.ops)}
+        self.late_at = n + len(movable) + m  # by how much copies out and back are late, in scaled ticks
+        self.count = self.late_at + (2 if self.link else 0)
+        touch = self.link.touch if self.link else 0
+        costs = [0] * n + [graph.sizes[v] * touch / GIGA for v in movable] + [graph.ops[i].cost for i in self.ops]
+        self.scale = max(1.0, sum(costs) / 1e7)
+        self.costs = np.array(costs + [self.scale] * (self.count - self.late_at), float)
         self.sizes = [graph.sizes[v] for v in self.values]
         self.unit = math.gcd(*self.sizes) or 1
-        self.scale = max(1.0, self.costs.sum() / 1e7)
         # With larger coefficients HiGHS repairs more of its answers.
         self.heavy = max(1.0, max(self.sizes, default=0) // self.unit / 1e3)
         self.matrix = self._matrix()
@@ -343,8 +357,8 @@ class Model:
         found = []
         if value in self.save_at:
             found.append(self.save_at[value])
-            if self.offload:
-                found.append(self.save_at[value] + self.offload)
+        if value in self.move_at:
+            found.append(self.move_at[value])
         op = self.graph.maker.get(value)
         if op in self.op_at:
             found.append(self.op_at[op])
@@ -380,13 +394,29 @@ class Model:
             return None
         if not self.count or not self.rows:
             return Choice()
-        n = len(self.values)
-        constraints = [self._rows()]
-        for offset, limit in ((0, device), (self.offload, host))[: 2 if self.offload else 1]:
-            row = np.zeros(self.count)
-            row[offset : offset + n] = [size // self.unit / self.heavy for size in self.sizes]
-            constraints.append(optimize.LinearConstraint(row[None], -np.inf, limit // self.unit / self.heavy))
+        constraints = [self._rows(), *self._within(self.save_at, device), *self._within(self.move_at, host)]
         return self._answer(self.costs / self.scale, constraints, deadline)
+
+    def _within(self, at: dict[int, int], limit: int) -> list[Any]:
+        """The bytes of the values at these places are within a limit."""
+        row = np.zeros(self.count)
+        for v, k in at.items():
+            row[k] = self.graph.sizes[v] // self.unit / self.heavy
+        return [optimize.LinearConstraint(row[None], -np.inf, limit // self.unit / self.heavy)] if at else []
+
+    def _late(self) -> list[Any]:
+        """What of each way's copies is not hidden is late."""
+        if self.link is None:
+            return []
+        found = []
+        for k, (a_byte, hidden) in enumerate(self.link.ways):
+            row = np.zeros(self.count)
+            for v, at in self.move_at.items():
+                row[at] = self.graph.sizes[v] * a_byte / GIGA / self.scale
+            row[self.late_at + k] = -1
+            room = hidden - self.link.already * a_byte / GIGA
+            found.append(optimize.LinearConstraint(row[None], -np.inf, room / self.scale))
+        return found
 
     def cheapest(self, a_tick: int, a_byte: int, deadline: float) -> Choice | None:
         """The choice with the least ``ticks * a_tick + bytes on the device * a_byte``; None if there is none."""
@@ -396,7 +426,8 @@ class Model:
             return Choice()
         costs = self.costs * float(a_tick)
         costs[: len(self.values)] += np.array(self.sizes, float) * a_byte
-        return self._answer(costs / max(costs.sum() / 1e7, 1e-300), [self._rows()], deadline)
+        constraints = [self._rows(), *self._within(self.move_at, self.host)]
+        return self._answer(costs / max(costs.sum() / 1e7, 1e-300), constraints, deadline)
 
     def _rows(self) -> Any:
         lower = np.concatenate([np.ones(self.ones), np.zeros(self.rows - self.ones)])
@@ -407,13 +438,22 @@ class Model:
         if left <= 0:
             raise SolverTimeout("the solver's time is over.")
         options = {"mip_rel_gap": 0.0, **({"time_limit": left} if left < math.inf else {})}
-        whole = np.concatenate([np.ones(len(self.values) + self.offload), np.zeros(len(self.ops))])
-        answer = optimize.milp(costs, constraints=constraints, integrality=whole, bounds=(0, 1), options=options)
+        whole = np.zeros(self.count)
+        whole[: len(self.values) + len(self.move_at)] = 1
+        most = np.ones(self.count)
+        most[self.late_at :] = np.inf
+        answer = optimize.milp(
+            costs,
+            constraints=[*constraints, *self._late()],
+            integrality=whole,
+            bounds=optimize.Bounds(0, most),  # type: ignore[arg-type]
+            options=options,
+        )
         if answer.status == 1:
             raise SolverTimeout("the solver's time is over.")
         return None if answer.x is None else self._choice(answer.x)
 
     def _choice(self, x: Sequence[float]) -> Choice:
         saved = {v for v, k in self.save_at.items() if x[k] > 0.5}
-        moved = {v for v, k in self.save_at.items() if self.offload and x[k + self.offload] > 0.5}
+        moved = {v for v, k in self.move_at.items() if x[k] > 0.5}
         return Choice(saved=frozenset(saved), offloaded=frozenset(moved - saved))
