@@ -122,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         "--limit", type=bytes_of, metavar="SIZE", help="device bytes to stay within (default: the target's)"
     )
     made["plan"].add_argument("--budget", required=True, metavar="SIZE", help="12GiB, 16GB, or 90%% of the target's")
+    made["plan"].add_argument(
+        "--host-budget", default="0", metavar="SIZE", help="host memory that may be offloaded to, 64GiB; none by default"
+    )
     made["plan"].add_argument("--out", type=pathlib.Path, metavar="FILE", help="write the plan as TOML")
     made["plan"].add_argument(
         "--picture",
@@ -308,7 +311,7 @@ def _plan(args: argparse.Namespace) -> int:
     loss, arguments = workload("none" if "policy" in workload.parameters else None)
     target = _single_target(args)
     with _libraries_silenced():
-        planner = Planner(loss, arguments, target=target)
+        planner = Planner(loss, arguments, target=target, host_budget=args.host_budget)
         found = planner.plan(args.budget, args.time_limit)
     if args.out:
         found.save(args.out)

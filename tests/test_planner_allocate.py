@@ -1,5 +1,6 @@
 """Over boundaries: the frontier against every path there is."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -49,6 +50,25 @@ def test_the_frontier_is_that_of_all_paths(program):
     for at, (peak, ticks) in enumerate(zip(found.peaks, found.ticks, strict=True)):
         path = found.path(at)
         assert price_of([o for _, o in path.steps]) == (peak, ticks) == (path.peak, path.ticks)
+
+
+@settings(max_examples=300, deadline=None)
+@given(programs(), st.data())
+def test_no_path_takes_more_of_the_host_than_there_is(program, data):
+    cuts, edges = program
+    hosts = st.sampled_from([0, 0, 3, 5])  # what moves nothing is always among the options, as in the planner
+    moving = lambda o: dataclasses.replace(o, kept=o.kept // 2, host=data.draw(hosts))
+    edges = [Edge(e.start, e.stop, (*e.options, *map(moving, e.options))) for e in edges]
+    host = data.draw(st.integers(0, 12))
+    found = Frontier(cuts, edges, host=host)
+    fitting = [path for path in paths(cuts, edges) if sum(o.host for o in path) <= host]
+    best = lambda budget: min((t for p, t in map(price_of, fitting) if p <= budget), default=None)
+    for at, (peak, ticks) in enumerate(zip(found.peaks, found.ticks, strict=True)):
+        assert found.path(at).host <= host
+        assert ticks >= best(peak) >= found.bound(peak)
+    if found.exact:
+        assert all(ticks == best(peak) for peak, ticks in zip(found.peaks, found.ticks, strict=True))
+    assert found.ticks[-1] == best(found.peaks[-1])
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,5 +1,6 @@
 """A rewritten program: the same values and gradients, the residuals and the recomputation that the plan says."""
 
+import functools
 import itertools
 import tomllib
 
@@ -117,6 +118,46 @@ def test_what_is_offloaded_waits_on_the_host():
     found = nj.residuals(lambda *a: run(*flat.consts, *jax.tree.leaves(a))[0], ws, x)
     assert found.host_bytes == 8 * 16 * 4
     assert found.device_bytes == 0
+
+
+def layered(n=6):
+    fn = lambda ws, x: (jnp.sum(functools.reduce(lambda x, w: jnp.sin(jnp.tanh(x @ w) @ w), ws, x)), x)
+    keys = jax.random.split(jax.random.key(0), n)
+    return fn, [jax.random.normal(k, (16, 16)) / 4 for k in keys], jax.random.normal(jax.random.key(1), (8, 16))
+
+
+def by_fours(flat, **kept):
+    """Each layer a boundary, what is behind them as it is."""
+    layers = [Segment(start=i, stop=i + 4, boundary=True, **kept) for i in range(0, len(flat.eqns) - 1, 4)]
+    return [*layers, Segment(start=4 * len(layers), stop=len(flat.eqns), boundary=False)]
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("offload", [(0,), (0, 2), (0, 2, 3)])  # the last: what the next layer takes leaves too
+def test_stages_send_away_what_the_plan_says_and_change_nothing(offload, jit):
+    fn, ws, x = layered()
+    loss = Loss(fn, (ws, x))
+    flat = loss.flat
+    assert [e.primitive.name for e in flat.eqns] == ["dot_general", "tanh", "dot_general", "sin"] * 6 + ["reduce_sum"]
+    run = rewritten(flat, by_fours(flat, offload=offload))
+    planned = lambda ws, x: loss.result(run(*flat.consts, *ws, x))
+    grad = lambda f: jax.value_and_grad(f, has_aux=True)
+    chex.assert_trees_all_equal((jax.jit if jit else lambda f: f)(grad(planned))(ws, x), grad(fn)(ws, x))
+    found = nj.residuals(lambda *a: planned(*a)[0], ws, x)
+    inside, between = len({0, 2} & {*offload}), 5  # nobody needs what the last layer hands to the sum
+    assert found.host_bytes == (6 * inside + (between if 3 in offload else 0)) * 8 * 16 * 4
+    assert found.device_bytes == (0 if 3 in offload else between * 8 * 16 * 4)
+
+
+def test_stages_copy_beside_their_neighbours():
+    fn, ws, x = layered()
+    loss = Loss(fn, (ws, x))
+    run = rewritten(loss.flat, by_fours(loss.flat, offload=(0, 2)))
+    step = jax.value_and_grad(lambda ws, x: loss.result(run(*loss.flat.consts, *ws, x)), has_aux=True)
+    conds = [e for e in jax.make_jaxpr(step)(ws, x).eqns if e.primitive.name == "cond"]
+    taken = [c.params["branches"][1].jaxpr.eqns for c in conds]
+    copies = [sum(e.primitive.name == "device_put" for e in eqns) for eqns in taken]
+    assert copies == [0, 2, 2, 2, 2, 4] + [4, 2, 2, 2, 2, 0]  # the last layer's own move with it
 
 
 def test_a_choice_costs_in_the_program_what_it_costs_in_the_graph():

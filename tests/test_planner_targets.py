@@ -22,10 +22,10 @@ def needs(target):
         pytest.skip(_compat.install_line(KINDS[target]))
 
 
-def workload(make, policy="none", **kwargs):
-    net = make(d=256, heads=4, vocab=1024, **kwargs)
+def workload(make, policy="none", d=256, batch=8, **kwargs):
+    net = make(d=d, heads=4, vocab=1024, **kwargs)
     net = net if policy == "none" else nj.apply_selective_checkpointing(net, policy)
-    tokens = jax.ShapeDtypeStruct((8, 512), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((batch, 512), jnp.int32)
     params = jax.eval_shape(net.init, jax.random.key(0), tokens)
     return (lambda p, t: models.loss_of(net.apply(p, t), t)), (params, tokens)
 
@@ -52,6 +52,21 @@ def test_the_compiled_step_fits_and_no_policy_at_hand_is_better(target, shares):
         for plan in plans:
             if fixed.device_bytes <= plan.budget:
                 assert plan.extra_flops < fixed.flops - plain.flops
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_with_a_host_less_is_made_again(target):
+    needs(target)
+    fn, args = workload(models.GPT, layers=3, dtype=jnp.bfloat16, d=2048, batch=32)
+    alone, both = (Planner(fn, args, target=target, host_budget=host) for host in (0, "1GiB"))
+    budget = int(0.5 * alone.before.device_bytes)
+    without, plan = alone.plan(budget), both.plan(budget)
+    moved = both.path_of(plan).host
+    assert without.host_bytes == 0 < moved == plan.host_bytes <= 2**30
+    assert plan.device_bytes <= budget
+    assert plan.extra_flops < without.extra_flops
+    assert nj.measure(plan.apply(fn), *args, target=target).host_bytes == moved
+    assert "offload" in str(plan)
 
 
 def test_the_smallest_budget_named_is_enough():

@@ -39,12 +39,14 @@ class Option:
         working: bytes on the device while it is differentiated, beside what is kept.
         ticks: what it costs in time.
         what: whatever the caller knows it by.
+        host: bytes on the host from its forward to its backward.
     """
 
     kept: int
     working: int
     ticks: int
     what: Any = None
+    host: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,11 @@ class Path:
     ticks: int
     steps: tuple[tuple[Edge, Option], ...]
 
+    @property
+    def host(self) -> int:
+        """Bytes on the host at the end of the forward pass."""
+        return sum(option.host for _, option in self.steps)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Labels:
@@ -82,6 +89,7 @@ class _Labels:
     edge: np.ndarray
     option: np.ndarray
     before: np.ndarray
+    hosts: np.ndarray
 
 
 class Frontier:
@@ -91,6 +99,8 @@ class Frontier:
         cuts: how many places to cut there are; 0 is the start of the program, ``cuts - 1`` its end.
         edges: the boundaries.
         limit: labels that are kept at a cut.
+        host: bytes of host memory. Of labels that no other beats in peak and time, those that take more are dropped; one
+            that is beaten might have taken less, so that where this binds the frontier need not be whole.
 
     Attributes:
         exact: whether no label was dropped and every boundary's options were all there are: then ``gap`` is 0.
@@ -107,16 +117,16 @@ class Frontier:
         [0, 8, 8]
     """
 
-    def __init__(self, cuts: int, edges: Sequence[Edge], limit: int = 4096):
+    def __init__(self, cuts: int, edges: Sequence[Edge], limit: int = 4096, host: int = 0):
         self.cuts, self.edges = cuts, tuple(edges)
-        self._labels, dropped = _pass(cuts, self.edges, limit, _thinned, [_arrays(e.options) for e in self.edges])
+        arrays = [_arrays(e.options) for e in self.edges]
+        self._labels, dropped = _pass(cuts, self.edges, limit, _thinned, arrays, host)
         self.exact = not dropped and not any(e.bounds for e in self.edges)
         if self.exact:
             self._bound = self._labels
         else:
-            self._bound, _ = _pass(
-                cuts, self.edges, limit, _relaxed, [_arrays(e.bounds or e.options) for e in self.edges]
-            )
+            arrays = [_arrays(e.bounds or e.options) for e in self.edges]
+            self._bound, _ = _pass(cuts, self.edges, limit, _relaxed, arrays, None)
         if not len(self._labels[0].peaks):
             raise ValueError("no path of boundaries leads from the start of the program to its end.")
 
@@ -166,23 +176,29 @@ def price_of(options: Sequence[Option]) -> tuple[int, int]:
 
 
 def _arrays(options: Sequence[Option]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return tuple(np.array([getattr(o, n) for o in options], np.int64) for n in ("kept", "working", "ticks"))  # type: ignore[return-value]
+    names = ("kept", "working", "ticks", "host")
+    return tuple(np.array([getattr(o, n) for o in options], np.int64) for n in names)  # type: ignore[return-value]
 
 
-def _pass(cuts: int, edges: Sequence[Edge], limit: int, fewer: Any, arrays: list[Any]) -> tuple[list[_Labels], bool]:
-    """Labels at every cut, from the end of the program to its start."""
+def _pass(
+    cuts: int, edges: Sequence[Edge], limit: int, fewer: Any, arrays: list[Any], host: int | None
+) -> tuple[list[_Labels], bool]:
+    """Labels at every cut, from the end of the program to its start; whether some were dropped."""
     leaving: list[list[int]] = [[] for _ in range(cuts)]
     for n, edge in enumerate(edges):
         leaving[edge.start].append(n)
     none = np.zeros(0, np.int64)
     zero = np.zeros(1, np.int64)
-    labels = [_Labels(none, none, none, none, none) for _ in range(cuts)]
-    labels[cuts - 1] = _Labels(zero, zero, zero, zero, zero)
+    labels = [_Labels(none, none, none, none, none, none) for _ in range(cuts)]
+    labels[cuts - 1] = _Labels(zero, zero, zero, zero, zero, zero)
     dropped = False
     for cut in reversed(range(cuts - 1)):
         found = [_extended(n, arrays[n], labels[edges[n].stop]) for n in leaving[cut]]
         if found:
-            labels[cut] = _undominated(*(np.concatenate(column) for column in zip(*found, strict=True)))
+            columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+            fits = columns[-1] <= (math.inf if host is None else host)
+            dropped |= not fits.all()
+            labels[cut] = _undominated(*(column[fits] for column in columns))
         if len(labels[cut].peaks) > limit:
             labels[cut] = fewer(labels[cut], limit)
             dropped = True
@@ -191,15 +207,16 @@ def _pass(cuts: int, edges: Sequence[Edge], limit: int, fewer: Any, arrays: list
 
 def _extended(n: int, arrays: Any, after: _Labels) -> tuple[np.ndarray, ...]:
     """The labels at an edge's stop, extended by each of its options."""
-    kept, working, ticks = (a[:, None] for a in arrays)
+    kept, working, ticks, host = (a[:, None] for a in arrays)
     peaks = kept + np.maximum(after.peaks[None], working)
     total = ticks + after.ticks[None]
     option, before = np.indices(peaks.shape)
-    return peaks.ravel(), total.ravel(), np.full(peaks.size, n), option.ravel(), before.ravel()
+    hosts = host + after.hosts[None]
+    return peaks.ravel(), total.ravel(), np.full(peaks.size, n), option.ravel(), before.ravel(), hosts.ravel()
 
 
 def _undominated(peaks: np.ndarray, ticks: np.ndarray, *rest: np.ndarray) -> _Labels:
-    order = np.lexsort((ticks, peaks))
+    order = np.lexsort((rest[-1], ticks, peaks))
     best = np.minimum.accumulate(ticks[order])
     keep = order[np.concatenate([[True], best[1:] < best[:-1]])] if len(order) else order
     return _Labels(peaks[keep], ticks[keep], *(column[keep] for column in rest))

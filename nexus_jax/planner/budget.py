@@ -40,15 +40,40 @@ def budget_of(given: int | str, target: Target, limit: int | None) -> int:
     return found
 
 
+def host_budget_of(given: int | str, target: Target) -> int:
+    """Bytes of host memory that a plan may use: 0, ``16_000_000_000``, ``"16GB"``, ``"64GiB"``.
+
+    Raises:
+        TypeError: neither a whole number nor text.
+        ValueError: not a size, less than zero; or the target's link to the host is not known.
+    """
+    if isinstance(given, bool) or not isinstance(given, int | str):
+        raise TypeError(f'host_budget={given!r}: write bytes as a whole number, or "64GiB".')
+    found = given if isinstance(given, int) else _size("host_budget", given, '"64GiB"')
+    if found < 0:
+        raise ValueError(f"host_budget={given!r}: write 0 bytes or more.")
+    sheet = target.sheet
+    if found and (sheet is None or not (sheet.device_to_host_bandwidth and sheet.host_to_device_bandwidth)):
+        raise ValueError(
+            f"host_budget={given!r}: how fast {target.name} reaches its host is not known; name a target with a data sheet, "
+            'target="h200", or write host_budget=0.'
+        )
+    return found
+
+
 def _parsed(text: str, target: Target, limit: int | None) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[KMGT]?i?B?)\s*", text, re.IGNORECASE)
-    unit = match.group(2).upper() if match else None
-    if match is None or unit not in {*_UNITS, "%"}:
-        raise ValueError(f'memory_budget={text!r} is no size: write bytes as a whole number, "12GiB", "16GB" or "90%".')
-    if unit != "%":
-        return int(float(match.group(1)) * _UNITS[unit])
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    if match is None:
+        return _size("memory_budget", text, '"12GiB", "16GB" or "90%"')
     if limit is None:
         raise ValueError(f'memory_budget={text!r}: the memory of {target.name} is not known; write a size, "12GiB".')
     if not 0 < float(match.group(1)) <= 100:
         raise ValueError(f'memory_budget={text!r}: write more than 0 % and at most "100%".')
     return int(float(match.group(1)) / 100 * limit)
+
+
+def _size(name: str, text: str, forms: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
+    if match is None or match.group(2).upper() not in _UNITS:
+        raise ValueError(f"{name}={text!r} is no size: write bytes as a whole number, {forms}.")
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])

@@ -15,7 +15,7 @@ from nexus_jax.measure import Measurement, measure
 from nexus_jax.planner import loop, table
 from nexus_jax.planner.allocate import Path
 from nexus_jax.planner.baselines import baselines
-from nexus_jax.planner.budget import budget_of
+from nexus_jax.planner.budget import budget_of, host_budget_of
 from nexus_jax.planner.loss import Loss
 from nexus_jax.planner.model import Model, model_of, results
 from nexus_jax.planner.plan import Infeasible, Plan, Subject
@@ -37,10 +37,11 @@ def plan(
     has_aux: bool = False,
     objective: Objective = "seconds",
     time_limit: float | None = None,
+    host_budget: int | str = 0,
 ) -> Plan:
     """A fast way to run ``jax.value_and_grad(fn)`` within a budget of device memory.
 
-    Each value that the backward pass needs is saved or made again, and how finely the program is cut into boundaries is
+    Each value that the backward pass needs is saved, made again or, with a ``host_budget``, offloaded, and how finely the program is cut into boundaries is
     chosen with it: each stretch exactly, in the planner's own model of memory and time. The step is compiled for the
     target, at most six times, and what is returned fits as compiled; nothing is run.
 
@@ -55,6 +56,10 @@ def plan(
             target has no sheet.
         time_limit: seconds for the solver. When they are over, the plan is the best so far and its ``gap`` says how far
             from the best it may be.
+        host_budget: bytes of host memory that the plan may use, in the forms of ``memory_budget`` but the share; 0, the
+            default, offloads nothing. What is offloaded is paid for by the target's data sheet: a copy out is hidden as
+            far as the link moves it during the forward pass of a stretch, a copy back during its backward pass, and the
+            rest delays the step.
 
     Returns:
         A :class:`Plan`. A step that fits as it is gets a plan that does nothing.
@@ -77,7 +82,9 @@ def plan(
     """
     if time_limit is not None and not (isinstance(time_limit, int | float) and time_limit > 0):
         raise ValueError(f"time_limit={time_limit!r}: write seconds, more than 0.")
-    planner = Planner(fn, args, target=target, argnums=argnums, has_aux=has_aux, objective=objective)
+    planner = Planner(
+        fn, args, target=target, argnums=argnums, has_aux=has_aux, objective=objective, host_budget=host_budget
+    )
     return planner.plan(memory_budget, time_limit)
 
 
@@ -96,6 +103,7 @@ class Planner:
         argnums: int | Sequence[int] = 0,
         has_aux: bool = False,
         objective: Objective = "seconds",
+        host_budget: int | str = 0,
     ):
         if objective not in OBJECTIVES:
             raise ValueError(f'objective={objective!r}: write "seconds" or "flops".')
@@ -103,6 +111,7 @@ class Planner:
         self.target = find_target(target)
         self.argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
         self.objective: Objective = "flops" if self.target.sheet is None else objective
+        self.host = host_budget_of(host_budget, self.target)
         self.results: tuple[int, ...] = (0,)  # of the flat program, which are differentiated: the loss
         self.deadline = math.inf
         self._predictions: dict[tuple[Segment, ...], int] = {}
@@ -152,7 +161,7 @@ class Planner:
     @functools.cached_property
     def model(self) -> Model:
         """What the solver knows of the step."""
-        price = Prices(self.target, self.objective)
+        price = Prices(self.target, self.objective, self.host)
         return model_of(self.flat, self.differentiated, price, results=self.results, deadline=self.deadline)
 
     @functools.cached_property
@@ -176,7 +185,9 @@ class Planner:
         """Device bytes of a path, without a compile."""
         key = self.model.segments(path)
         if key not in self._predictions:
-            self._predictions[key] = self._predict(self.applied(path), path.peak)
+            # The model of the compiler knows no copies: what they free is known to the planner's own.
+            stays = self.model.unmoved(path)
+            self._predictions[key] = self._predict(self.applied(stays), stays.peak) + path.peak - stays.peak
         return self._predictions[key]
 
     def measured(self, path: Path) -> Measurement:

@@ -11,8 +11,9 @@ from types import MappingProxyType
 from jax.extend import core as jex
 
 from nexus_jax.flat import Flat
-from nexus_jax.planner.allocate import Edge, Frontier, Option, Path
+from nexus_jax.planner.allocate import Edge, Frontier, Option, Path, price_of
 from nexus_jax.planner.cuts import cuts
+from nexus_jax.planner.graph import Choice
 from nexus_jax.planner.needs import needs_of
 from nexus_jax.planner.options import Options, Way, Ways, of_choice, plain
 from nexus_jax.planner.prices import Prices
@@ -64,7 +65,18 @@ class Model:
     def option(self, edge: Edge, option: Option) -> Option:
         """An option of a path with what it needs while it is differentiated, also where the frontier does not count that."""
         shape, choice = self.span(edge.start, edge.stop).shape, option.what.choice
-        return plain(shape) if choice is None else of_choice(shape, choice)
+        return plain(shape) if choice is None else of_choice(shape, choice, option.what.away)
+
+    def unmoved(self, path: Path) -> Path:
+        """The path, with what it offloads kept on the device."""
+        steps = []
+        for edge, option in path.steps:
+            if option.host:
+                choice = Choice(saved=option.what.choice.kept)
+                option = of_choice(self.span(edge.start, edge.stop).shape, choice)
+            steps.append((edge, option))
+        peak, ticks = price_of([option for _, option in steps])
+        return Path(peak, ticks, tuple(steps)) if path.host else path
 
     def segments(self, path: Path) -> tuple[Segment, ...]:
         """A path as what to rewrite. Neighbours that run as they are become one."""
@@ -85,12 +97,13 @@ class Model:
         eqns = self.flat.eqns[span.start : span.stop]
         at = {self.flat.number[v]: n for n, v in enumerate(v for eqn in eqns for v in eqn.outvars)}
         place = lambda values: tuple(sorted(at[span.values[v]] for v in values))
+        away = [at[v] for v in self.spans_of.leaving(span.start, span.stop)] if way.away else []
         return Segment(
             start=span.start,
             stop=span.stop,
             boundary=True,
             save=place(way.choice.saved),
-            offload=place(way.choice.offloaded),
+            offload=tuple(sorted({*place(way.choice.offloaded), *away})),
         )
 
 
@@ -119,6 +132,7 @@ def model_of(
 
 def _body_model(body: Body, price: Prices, deadline: float, solves: int | None) -> Model:
     """The model of what a scan does at each step. Its frontier is that of all bytes kept, and time."""
+    price = dataclasses.replace(price, host=0)  # what leaves inside a scan is not planned
     spans = Spans(body.flat, needs_of(body.flat, body.differentiated, body.results), price)
     return _model(spans, deadline, solves, loop=True)
 
@@ -136,14 +150,15 @@ def _model(
     found = {(i, j): spans.of(places[i], places[j]) for i, j in pairs}
     whole = {(i, j): j > i + 1 and (j - i > _TOGETHER or places[j] - places[i] > _EQUATIONS) for i, j in pairs}
     kinds = len({span.shape for at, span in found.items() if not whole[at]})
-    options = Options(deadline, solves, most=_TOTAL // max(kinds, 1))
+    host = spans.price.host
+    options = Options(deadline, solves, most=_TOTAL // max(kinds, 1), host=host)
     ways = {at: options.of(span.shape, whole[at]) for at, span in found.items() if span.start not in scans}
     for (i, j), span in found.items():
         if span.start in scans:
             ways[i, j] = scan_ways(span.shape, plain(span.shape), *scans[span.start], spans.unit)
     edges = [_edge(i, j, ways[i, j], loop) for i, j in pairs if ways[i, j].options]
     limit = max(256, min(_LABELS, 2**19 // len(places)))
-    frontier = Frontier(len(places), edges, limit=limit)
+    frontier = Frontier(len(places), edges, limit=limit, host=host)
     kept = {(e.start, e.stop): found[e.start, e.stop] for e in edges}
     inside = {i: model for i, (_, model) in scans.items()}
     return Model(spans.flat, frontier, kept, spans, options, tuple(places), inside)

@@ -20,10 +20,12 @@ class Way:
 
     Attributes:
         inside: how a step is run, where the stretch is a scan: a path of the model of its body.
+        away: whether what later stretches take from it waits on the host.
     """
 
     choice: Choice | None
     inside: Path | None = None
+    away: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +42,11 @@ class Options:
 
     Args:
         solves: integer programs with a limit for a stretch's frontier; None is by its size, ``most`` at most.
+        host: bytes of host memory.
     """
 
-    def __init__(self, deadline: float = math.inf, solves: int | None = None, most: int = _SOLVES):
+    def __init__(self, deadline: float = math.inf, solves: int | None = None, most: int = _SOLVES, host: int = 0):
+        self.host = host
         self.deadline, self.solves, self.most = deadline, solves, min(most, _SOLVES)
         self.known: dict[tuple[Shape, bool], Ways] = {}
         self.solved = 0
@@ -63,17 +67,18 @@ class Options:
         solves = self.solves
         if solves is None:
             solves = min(self.most, _EASY // (1 + len(shape.graph.keepable) ** 2))
-        try:
-            stairs = frontier(shape.graph, solves=solves, deadline=self.deadline)
-        except SolverTimeout:
-            stairs = Stairs((), (Bound(low=0, high=sum(shape.graph.sizes), ticks=0),))
-        found = [plain(shape), *(of_choice(shape, p.choice) for p in stairs.points)]
+        found, bounds, corners = [plain(shape)], [plain(shape)], [plain(shape)]
+        for away in (False, True) if shape.leaving else (False,):
+            graph = _graph(shape, away)
+            try:
+                stairs = frontier(graph, solves=solves, deadline=self.deadline, host=self.host)
+            except SolverTimeout:
+                stairs = Stairs((), (Bound(low=0, high=sum(graph.sizes), ticks=0),))
+            found += [of_choice(shape, p.choice, away) for p in stairs.points]
+            bounds += _bounds(shape, stairs.bounds, away)
+            corners += _bounds(shape, stairs.corners(also=_both(shape)), away)
         found += [of_choice(shape, choice) for choice in fixed(shape).values()]  # they may need less while they run
-        return Ways(
-            undominated(found),
-            undominated([plain(shape), *_bounds(shape, stairs.bounds)]),
-            undominated([plain(shape), *_bounds(shape, stairs.corners(also=_both(shape)))]),
-        )
+        return Ways(undominated(found), undominated(bounds), undominated(corners))
 
 
 def plain(shape: Shape) -> Option:
@@ -81,16 +86,30 @@ def plain(shape: Shape) -> Option:
     makes it again costs no more.
     """
     kept = sum(shape.graph.sizes[v] for v in shape.graph.needed - shape.graph.free)
-    return Option(kept=shape.crossing + kept, working=shape.transient, ticks=0, what=Way(None))
+    working = shape.transient + shape.entering
+    return Option(kept=shape.crossing + kept, working=working, ticks=0, what=Way(None))
 
 
-def of_choice(shape: Shape, choice: Choice) -> Option:
-    """A stretch as a boundary that keeps what is chosen."""
-    graph = shape.graph
+def of_choice(shape: Shape, choice: Choice, away: bool = False) -> Option:
+    """A stretch as a boundary that keeps what is chosen.
+
+    What was on the host is there while it is differentiated, and so is what comes back for the stretch before it, which
+    is taken for as much.
+    """
+    graph = _graph(shape, away)
     paid = price(graph, choice)
+    host = paid.host + (shape.leaving if away else 0)
     made = {v for i in graph.again(choice.kept) for v in graph.ops[i].outs} - choice.kept - graph.free
-    working = sum(graph.sizes[v] for v in made & shape.written) + shape.transient
-    return Option(kept=shape.crossing + paid.device, working=working, ticks=paid.ticks, what=Way(choice))
+    working = sum(graph.sizes[v] for v in made & shape.written) + shape.transient + shape.entering + 2 * paid.host
+    kept = shape.crossing - (shape.leaving if away else 0) + paid.device
+    return Option(kept=kept, working=working, ticks=paid.ticks, what=Way(choice, away=away), host=host)
+
+
+def _graph(shape: Shape, away: bool) -> Graph:
+    """The graph of a stretch; with ``away``, what later stretches take has part of its time on the link."""
+    if not away or shape.graph.link is None:
+        return shape.graph
+    return dataclasses.replace(shape.graph, link=dataclasses.replace(shape.graph.link, already=shape.leaving))
 
 
 def _both(shape: Shape) -> int:
@@ -99,12 +118,12 @@ def _both(shape: Shape) -> int:
     return sum(graph.sizes[v] for v in (graph.needed & shape.written) - graph.free)
 
 
-def _bounds(shape: Shape, bounds: Sequence[Bound]) -> list[Option]:
+def _bounds(shape: Shape, bounds: Sequence[Bound], away: bool) -> list[Option]:
     both = _both(shape)
     return [
         Option(
-            kept=shape.crossing + bound.low,
-            working=shape.transient + max(0, both - bound.high),
+            kept=shape.crossing - (shape.leaving if away else 0) + bound.low,
+            working=shape.transient + shape.entering + max(0, both - bound.high),
             ticks=bound.ticks,
             what=Way(None),
         )
@@ -115,8 +134,8 @@ def _bounds(shape: Shape, bounds: Sequence[Bound]) -> list[Option]:
 def undominated(options: Sequence[Option]) -> tuple[Option, ...]:
     """Those that no other is at least as good as in everything; the first of equal ones."""
     found: list[Option] = []
-    for o in sorted(options, key=lambda o: (o.kept, o.ticks, o.working)):
-        if not any(f.ticks <= o.ticks and f.working <= o.working for f in found):
+    for o in sorted(options, key=lambda o: (o.kept, o.ticks, o.working, o.host)):
+        if not any(f.ticks <= o.ticks and f.working <= o.working and f.host <= o.host for f in found):
             found.append(o)
     return tuple(found)
 

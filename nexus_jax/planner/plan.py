@@ -201,8 +201,9 @@ class Plan:
         if self.does_nothing:
             return f"plan for {self.target}: nothing to do, the step takes {size(self.device_bytes)} of {size(self.budget)}"
         share = 100 * self.extra_flops / self.step_flops if self.step_flops else 0.0
+        host = f" and {size(self.host_bytes)} on the host" if self.host_bytes else ""
         title = (
-            f"plan for {size(self.budget)} on {self.target}: {size(self.device_bytes)} compiled (predicted "
+            f"plan for {size(self.budget)} on {self.target}: {size(self.device_bytes)} compiled{host} (predicted "
             f"{size(self.predicted_bytes)}, without a plan {size(self.unplanned_bytes)}), {share:.2f} % more FLOPs, "
             f"gap {100 * self.gap:.2g} %"
         )

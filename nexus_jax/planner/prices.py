@@ -11,12 +11,15 @@ import jax
 from jax.extend import core as jex
 
 from nexus_jax import costs, flops
+from nexus_jax.boundary import is_floating
 from nexus_jax.peak import rules
+from nexus_jax.planner.graph import GIGA, Link
 from nexus_jax.policy.rules import nbytes
 from nexus_jax.targets.compiler import Target
 
 Objective = Literal["seconds", "flops"]
 OBJECTIVES: tuple[Objective, ...] = ("seconds", "flops")
+_SMALL = 2**20  # bytes
 _LOOPS = {"scan", "while", "cond"}
 
 
@@ -28,10 +31,12 @@ class Prices:
         target: where the step runs.
         objective: what a plan has least of: ``"seconds"`` by the target's data sheet, or ``"flops"``. A target
             without a sheet has FLOPs only.
+        host: bytes of host memory that a plan may use; with none, nothing is offloaded.
     """
 
     target: Target
     objective: Objective
+    host: int = 0
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -61,6 +66,32 @@ class Prices:
             return found
         inputs = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal)))
         return flops.count_jaxpr(self.like.replace(invars=inputs, outvars=eqn.outvars, eqns=[eqn])).flops
+
+    def link(self, picoseconds: int, unit: int) -> Link | None:
+        """What moving bytes costs a stretch whose forward pass takes so long; its backward pass takes twice as long.
+
+        Seconds by which a copy is late cost FLOPs, where these are counted, as many as the target's peak makes of them.
+
+        Args:
+            unit: of a tick, in picoseconds or FLOPs.
+        """
+        sheet = self.target.sheet
+        if not self.host or sheet is None:
+            return None
+        second = (sheet.bf16_flops if self.objective == "flops" else 1e12) / unit  # in ticks
+        a_byte = lambda bandwidth: round(GIGA * second / bandwidth) if bandwidth else GIGA * GIGA
+        beside = int(second * picoseconds / 1e12)
+        return Link(
+            out=a_byte(sheet.device_to_host_bandwidth),
+            back=a_byte(sheet.host_to_device_bandwidth),
+            hidden_out=beside,
+            hidden_back=2 * beside,
+            touch=2 * a_byte(sheet.memory_bandwidth),
+        )
+
+    def is_movable(self, aval: Any) -> bool:
+        """Whether a value may wait on the host: floating-point, and not so small that the link takes longer to start."""
+        return bool(self.host) and is_floating(aval) and nbytes(aval) >= _SMALL
 
     def picoseconds_of(self, eqn: Any) -> int:
         """Time of an equation at best: its FLOPs, or its way through memory if it is a kernel of its own.

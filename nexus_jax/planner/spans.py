@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from jax.extend import core as jex
 
@@ -24,6 +25,8 @@ class Shape:
         graph: its values and equations, renumbered.
         written: values that are written to memory when they are made again.
         crossing: bytes of what later stretches take from this one.
+        leaving: of those, bytes of what can wait on the host meanwhile.
+        entering: bytes of what this one takes from earlier stretches, where something may be offloaded: then they come back.
         transient: bytes of gradients that are alive at once inside.
         effects: whether something in it must happen exactly once.
         matmuls: the results of its matmuls that can be kept, and whether each has batch dimensions.
@@ -35,6 +38,8 @@ class Shape:
     transient: int
     effects: bool
     matmuls: tuple[tuple[int, bool], ...] = ()
+    leaving: int = 0
+    entering: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,6 +74,7 @@ class Spans:
                 if not isinstance(v, jex.Literal):
                     self.used[flat.number[v]] = i
         self.outputs = {flat.number[v] for v in flat.jaxpr.outvars if not isinstance(v, jex.Literal)}
+        self.picoseconds = [price.picoseconds_of(eqn) if price.host else 0 for eqn in flat.eqns]
         self.step_costs = [price.cost_of(s.eqn) // self.unit if s.forward else 0 for s in self.steps]
 
     def of(self, start: int, stop: int) -> Span:
@@ -87,7 +93,15 @@ class Spans:
             Op(ins=_at(local, s.ins), outs=_at(local, s.outs), cost=cost, pinned=bool(s.eqn.effects))
             for s, cost in zip(steps, self.step_costs[low:high], strict=True)
         )
-        graph = Graph(sizes=sizes, ops=ops, needed=needed, free=free, keepable=keepable - free)
+        graph = Graph(
+            sizes=sizes,
+            ops=ops,
+            needed=needed,
+            free=free,
+            keepable=keepable - free,
+            movable=frozenset(v for v in keepable - free if self.price.is_movable(self.needs.avals[values[v]])),
+            link=self.price.link(sum(self.picoseconds[start:stop]), self.unit),
+        )
         shape = Shape(
             graph=graph,
             written=self._written(steps, local, needed),
@@ -101,8 +115,23 @@ class Spans:
                 for v in s.outs
                 if local[v] in graph.keepable
             ),
+            leaving=sum(self.sizes[v] for v in out if self.price.is_movable(self.needs.avals[v])),
+            entering=sum(self.sizes[v] for v in self._entering(start, stop)),
         )
         return Span(start, stop, shape, values)
+
+    def _entering(self, start: int, stop: int) -> set[int]:
+        if not self.price.host:
+            return set()
+        taken = {self.flat.number[v] for eqn in self.flat.eqns[start:stop] for v in _variables(eqn.invars)}
+        made = {self.flat.number[v] for eqn in self.flat.eqns[start:stop] for v in eqn.outvars}
+        return {v for v in taken - made if v >= self.inputs and self.price.is_movable(self.needs.avals[v])}
+
+    def leaving(self, start: int, stop: int) -> set[int]:
+        """What later stretches take from this one, and can wait on the host meanwhile."""
+        made = {self.flat.number[v] for eqn in self.flat.eqns[start:stop] for v in eqn.outvars}
+        out = {v for v in made if self.used.get(v, -1) >= stop}
+        return {v for v in out if self.price.is_movable(self.needs.avals[v])}
 
     def has_gradient(self, value: int) -> bool:
         """Whether a value is made of numbers that can change a little, and of more than one."""
@@ -158,6 +187,10 @@ class Spans:
             for v, buffers in made.items():
                 held[v] = held.get(v, frozenset()) | buffers
         return peak
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [v for v in atoms if not isinstance(v, jex.Literal)]
 
 
 def _at(local: dict[int, int], values: Sequence[int]) -> tuple[int, ...]:

@@ -51,22 +51,37 @@ def _rows(model: Model, span: Span, option: Option) -> list[Row]:
         return [_row(model, span.start, span.stop, "-", "", option.kept, 0, "as it is", reason)]
     graph, choice = span.shape.graph, option.what.choice
     again = graph.again(choice.kept)
+    leaving = model.spans_of.leaving(span.start, span.stop)
     made = {v for i in again for v in graph.ops[i].outs}
     shown = sorted((choice.kept | (made & graph.keepable)) - graph.free, key=lambda v: (-graph.sizes[v], v))[:_VALUES]
-    return [_value_row(model, span, graph, choice, v) for v in shown]
+    rows = [_value_row(model, span, graph, choice, v) for v in shown]
+    return rows + ([_handed_on(model, span, v) for v in sorted(leaving)] if option.what.away else [])
+
+
+def _handed_on(model: Model, span: Span, number: int) -> Row:
+    """What flows on to later stretches, and waits on the host all the same."""
+    at, kind = _made(model, span, number)
+    nbytes = model.spans_of.sizes[number]
+    reason = f"keeping it on the device would take {_signed(report.size, nbytes)}"
+    return _row(model, at, at + 1, model.flat.eqns[at].primitive.name, kind, nbytes, 0, "offload", reason)
 
 
 def _value_row(model: Model, span: Span, graph: Graph, choice: Choice, value: int) -> Row:
     number = span.values[value]
-    at = next(i for i in range(span.start, span.stop) if model.flat.variables[number] in model.flat.eqns[i].outvars)
+    at, kind = _made(model, span, number)
     eqn = model.flat.eqns[at]
     unit = model.spans_of.unit
     cost = graph.ops[graph.maker[value]].cost * unit
-    aval = model.flat.variables[number].aval
-    kind = report.short_type(str(aval.dtype), aval.shape)
     decision = "save" if value in choice.saved else "offload" if value in choice.offloaded else "recompute"
     reason = _flipped(graph, choice, value, unit)
     return _row(model, at, at + 1, eqn.primitive.name, kind, graph.sizes[value], cost, decision, reason)
+
+
+def _made(model: Model, span: Span, number: int) -> tuple[int, str]:
+    """Which equation makes a value, and its type."""
+    v = model.flat.variables[number]
+    at = next(i for i in range(span.start, span.stop) if v in model.flat.eqns[i].outvars)
+    return at, report.short_type(str(v.aval.dtype), v.aval.shape)
 
 
 def _flipped(graph: Graph, choice: Choice, value: int, unit: int) -> str:
