@@ -123,7 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     made["plan"].add_argument("--budget", required=True, metavar="SIZE", help="12GiB, 16GB, or 90%% of the target's")
     made["plan"].add_argument(
-        "--host-budget", default="0", metavar="SIZE", help="host memory that may be offloaded to, 64GiB; none by default"
+        "--host-budget",
+        default="0",
+        metavar="SIZE",
+        help="host memory that may be offloaded to, 64GiB; none by default",
     )
     made["plan"].add_argument("--out", type=pathlib.Path, metavar="FILE", help="write the plan as TOML")
     made["plan"].add_argument(

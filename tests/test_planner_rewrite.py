@@ -157,7 +157,7 @@ def test_stages_copy_beside_their_neighbours():
     conds = [e for e in jax.make_jaxpr(step)(ws, x).eqns if e.primitive.name == "cond"]
     taken = [c.params["branches"][1].jaxpr.eqns for c in conds]
     copies = [sum(e.primitive.name == "device_put" for e in eqns) for eqns in taken]
-    assert copies == [0, 2, 2, 2, 2, 4] + [4, 2, 2, 2, 2, 0]  # the last layer's own move with it
+    assert copies == [0, 2, 2, 2, 2, 4, 4, 2, 2, 2, 2, 0]  # the last layer's own move with it
 
 
 def test_a_choice_costs_in_the_program_what_it_costs_in_the_graph():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from jax.extend import core as jex
@@ -10,22 +12,49 @@ HOST = "nexus_jax.offload"  # that of nexus_jax.policy.places.OFFLOAD: what leav
 END = "nexus_jax.end"  # what a stage hands on
 
 
-def cuts(jaxpr: Any) -> list[int]:
-    """Where the stages of a program begin, but for the first: after the last of the names in each run of :data:`END`."""
-    ends = [eqn.primitive.name == "name" and eqn.params["name"] == END for eqn in jaxpr.eqns]
-    found = [i + 1 for i, end in enumerate(ends) if end and not ends[i + 1 : i + 2] == [True]]
-    return [i for i in found if i < len(jaxpr.eqns)]
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Marked:
+    """A program without its marks, and what they said.
 
-
-def leaving(jaxpr: Any) -> set[Any]:
-    """The variables that leave: those with the name :data:`HOST`, what they are named after, and the same values again.
-
-    ``jax.checkpoint`` puts a ``reduce_precision`` that changes nothing behind what it saves.
+    Attributes:
+        jaxpr: without the names, so that a value is one variable.
+        atoms: those that were asked after, in it.
+        cuts: where its stages begin, but for the first.
+        leaving: its variables that wait on the host.
     """
-    found: set[Any] = set()
+
+    jaxpr: Any
+    atoms: list[Any]
+    cuts: list[int]
+    leaving: set[Any]
+
+
+def read(jaxpr: Any, atoms: Sequence[Any]) -> Marked:
+    """Take a program's marks away.
+
+    ``jax.checkpoint`` puts a ``reduce_precision`` that changes nothing behind what it saves; it goes with the name.
+
+    Args:
+        atoms: variables and literals of the program.
+    """
+    same: dict[Any, Any] = {}
+    now = lambda v: v if isinstance(v, jex.Literal) else same.get(v, v)
+    eqns: list[Any] = []
+    cuts: dict[int, None] = {}
+    leaving: set[Any] = set()
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "name" and (eqn.params["name"] == HOST or eqn.invars[0] in found):
-            found |= {eqn.invars[0], eqn.outvars[0]}
-        elif eqn.primitive.name == "reduce_precision" and eqn.invars[0] in found:
-            found.add(eqn.outvars[0])
-    return {v for v in found if not isinstance(v, jex.Literal)}
+        name = eqn.params.get("name") if eqn.primitive.name == "name" else None
+        source = now(eqn.invars[0]) if eqn.invars else None
+        again = eqn.primitive.name == "reduce_precision" and not isinstance(source, jex.Literal) and source in leaving
+        if name not in (HOST, END) and not again:
+            eqns.append(eqn.replace(invars=[now(v) for v in eqn.invars]))
+            continue
+        same[eqn.outvars[0]] = source
+        if name == END:
+            cuts[len(eqns)] = None
+        elif not isinstance(source, jex.Literal):
+            leaving.add(source)
+    found = jaxpr.replace(eqns=eqns, outvars=[now(v) for v in jaxpr.outvars])
+    return Marked(
+        jaxpr=found, atoms=[now(v) for v in atoms], cuts=[i for i in cuts if 0 < i < len(eqns)], leaving=leaving
+    )

@@ -92,13 +92,17 @@ class Forward:
         outs, leaves = jaxpr.outvars[: known["n"]], jaxpr.outvars[known["n"] :]
         pick = lambda flags: {v for v, f in zip(jaxpr.invars, [True] * n_consts + [*flags], strict=True) if f}
         own = pick(fixed)
-        if marked:
-            needed, cuts = None, marks.cuts(jaxpr)
+        told = marks.read(jaxpr, [*outs, *leaves]) if marked else None
+        if told is not None:
+            jaxpr, cuts, needed = told.jaxpr, told.cuts, None
+            outs, leaves = told.atoms[: known["n"]], told.atoms[known["n"] :]
         else:
             scanned = any(loop.steps >= FEW for loop in loops_that_keep(jaxpr, set(variables(leaves))).values())
             jaxpr, outs, leaves, needed = scans.opened(jaxpr, outs, leaves, own)
             cuts = [] if scanned else layer_cuts(jaxpr, pick(weights))  # the steps of a scan are the layers
-            cuts = cuts if len(cuts) >= FEW else []  # of fewer layers nothing is gained, and waists may be none of layers
+            cuts = (
+                cuts if len(cuts) >= FEW else []
+            )  # of fewer layers nothing is gained, and waists may be none of layers
         self.ahead = ahead
         self.treedef, self.consts = known["treedef"], flat.consts
         self.kept = keep(jaxpr, stages(jaxpr, cuts), leaves, own, needed)
@@ -107,8 +111,8 @@ class Forward:
         runs = {id(eqn) for eqn in self.jaxpr.eqns}  # what is only made again is not made here
         self.stages = stages(self.jaxpr, [sum(id(eqn) in runs for eqn in jaxpr.eqns[:cut]) for cut in cuts])
         self.groups = self._groups({v for v in self.kept.variables if v not in own})
-        if marked:
-            self.moved = {v for group in self.groups for v in group} & marks.leaving(jaxpr)
+        if told is not None:
+            self.moved = {v for group in self.groups for v in group} & told.leaving
         else:
             leaving = self.groups[: _leaving(len(self.stages), ahead)]
             self.moved = {v for group in leaving for v in group if wanted(v.aval)}

@@ -133,8 +133,7 @@ class Planner:
             self.offset,
         )
         tried = [self.path(t.at) for t in found.trials]
-        best = None if found.best is None else self.path(found.best.at)
-        best = self._fixed(budget, best, tried) or best
+        best = self._fixed(budget, self._best(budget), tried) or self._best(budget)
         if best is None:
             raise self._infeasible(budget)
         return self._written(best, budget, tried)
@@ -201,6 +200,11 @@ class Planner:
     def compiled(self) -> list[tuple[Path, int]]:
         """Every path that was compiled, and its device bytes."""
         return [(self._paths[key], m.device_bytes) for key, m in self._measurements.items()]
+
+    def _best(self, budget: int) -> Path | None:
+        """The fastest of all that was compiled and fits, for other budgets too."""
+        fitting = [path for path, nbytes in self.compiled() if nbytes <= budget]
+        return min(fitting, key=lambda path: path.ticks, default=None)
 
     def path_of(self, plan: Plan) -> Path:
         """The path of a plan of this planner.
