@@ -252,20 +252,33 @@ def _timeline(args: argparse.Namespace) -> int:
     target = _single_target(args)
     comparison = _compared(args, args.policy or ["none", "heavy_ops"], schedules=True)
     [name] = comparison.targets
-    lines = {row.policy: row.measured[name].timeline() for row in comparison}
+    measured = {row.policy: row.measured[name] for row in comparison}
+    lines = {policy: m.timeline() for policy, m in measured.items()}
     args.out.mkdir(parents=True, exist_ok=True)
     limit = comparison[0].measured[name].limit_bytes
     written = [args.out / f"timeline_{target.replace(':', '_')}.{kind}" for kind in ("png", "svg", "html")]
     for path in written[:2]:
         timeline.draw(lines, path, capacity=limit)
     timeline.write_html(lines, written[2])
-    text = "\n".join(f"{policy}\n{timeline.table(t)}" for policy, t in lines.items())
+    text = "\n".join(f"{policy}{_unfitting(measured[policy])}\n{timeline.table(t)}" for policy, t in lines.items())
     shown = {
-        p: {"peak_bytes": int(t.peak_bytes), "reserved": int(t.reserved), "peak_step": int(t.peak_step)}
+        p: {
+            "peak_bytes": int(t.peak_bytes),
+            "reserved": int(t.reserved),
+            "peak_step": int(t.peak_step),
+            "limit_bytes": limit,
+            "fits": measured[p].fits,
+        }
         for p, t in lines.items()
     }
     _show(args, f"{text}\nwritten: {', '.join(map(str, written))}", shown)
     return 0
+
+
+def _unfitting(m: Any) -> str:
+    if m.fits is not False:
+        return ""
+    return f": does not fit {m.target}, {report.size(m.device_bytes)} of {report.size(m.limit_bytes)}; what would fill it:"
 
 
 def _fit(args: argparse.Namespace) -> int:

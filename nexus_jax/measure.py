@@ -51,14 +51,20 @@ class Measurement:
     def timeline(self) -> Any:
         """Device bytes at every point of the step: :class:`nexus_jax.timeline.Timeline`.
 
+        Also of a step that does not fit: libtpu lays its buffers out before it refuses them, and the compilers of GPUs
+        refuse none.
+
         Raises:
-            ValueError: the step ran out of memory, so that the compiler wrote no schedule.
+            ValueError: the compiler wrote no schedule down.
         """
         from nexus_jax import timeline
 
         texts = {name: self.texts(name) for name in ("buffer_assignment", "live_range", "hlo")}
         if None in texts.values():
-            raise ValueError(f"no schedule: the step ran out of memory on {self.target}. {self.message}".strip())
+            raise ValueError(
+                f"no timeline: the compiler of {self.target} wrote no schedule of this step down; "
+                f"nexus_jax.predict_peak says what to expect at its peak. {self.message}".strip()
+            )
         return timeline.parse(**texts)  # type: ignore[arg-type]
 
     def as_dict(self) -> dict[str, Any]:

@@ -70,9 +70,10 @@ def compile_job(job: dict[str, Any], program: bytes, folder: pathlib.Path) -> di
     dump = folder / "dump"
     options = {**job["compiler_options"], **(dump_options(dump) if job["texts"] else {})}
     lowered = jax.jit(lambda *xs: exported.call(*xs)).lower(*arguments)
-    compiled = lowered.compile(compiler_options=options)
-    keep_texts(dump, folder)
-    return bytes_of(compiled)
+    try:
+        return bytes_of(lowered.compile(compiler_options=options))
+    finally:
+        keep_texts(dump, folder)  # libtpu lays the buffers out, writes that down, and then refuses
 
 
 def dump_options(folder: pathlib.Path) -> dict[str, Any]:
