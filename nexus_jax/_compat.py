@@ -55,6 +55,11 @@ def without_constvars(jaxpr: Any) -> Any:
     return partial_eval.convert_constvars_jaxpr(jaxpr)
 
 
+def kept_inputs(jaxpr: Any) -> list[bool]:
+    """Which arguments ``jax.jit`` compiles: it leaves out what no result depends on."""
+    return partial_eval.dce_jaxpr_consts(jaxpr, [True] * len(jaxpr.outvars))[2]
+
+
 def varying_axes(aval: Any) -> tuple[str, ...]:
     """The axes of a mesh over which a value differs, inside ``shard_map``."""
     kind = getattr(aval, "manual_axis_type", None)  # jax 0.12; before, the axes themselves

@@ -43,6 +43,7 @@ class Measurement:
     seconds: float = dataclasses.field(compare=False)
     cached: bool = dataclasses.field(compare=False)
     texts: Callable[[str], str | None] = dataclasses.field(repr=False, compare=False)
+    parameters: Callable[[], Sequence[str]] = dataclasses.field(repr=False, compare=False)
 
     @property
     def fits(self) -> bool | None:
@@ -65,11 +66,12 @@ class Measurement:
                 f"no timeline: the compiler of {self.target} wrote no schedule of this step down; "
                 f"nexus_jax.predict_peak says what to expect at its peak. {self.message}".strip()
             )
-        return timeline.parse(**texts)  # type: ignore[arg-type]
+        return timeline.parse(**texts, arguments=self.parameters())  # type: ignore[arg-type]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: every field but the compiler's texts, and ``fits``."""
-        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "texts"}
+        """For JSON: every field but what :meth:`timeline` reads, and ``fits``."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del found["texts"], found["parameters"]
         return {**found, "fits": self.fits}
 
     def __str__(self) -> str:
@@ -148,6 +150,7 @@ def measurement(program: Program, target: Target, answer: Answer, flops: int | N
         seconds=answer.seconds,
         cached=answer.cached,
         texts=answer.text,
+        parameters=program.parameters,
     )
     if answer.bytes is None:
         assert answer.out_of_memory is not None

@@ -15,11 +15,14 @@ import jax.core
 import numpy as np
 from jax import export
 from jax.sharding import NamedSharding
+from jax.tree_util import SequenceKey
 
-from nexus_jax import adapters
+from nexus_jax import _compat, adapters
 from nexus_jax.boundary import is_floating, split
+from nexus_jax.scopes import STEP
 from nexus_jax.targets import cache as caches
 from nexus_jax.targets.compiler import Job, Target
+from nexus_jax.traced import argument_names
 
 _DATA = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 
@@ -31,10 +34,12 @@ class Program:
     Attributes:
         fun: takes the arrays, returns the loss, the aux output and the gradients as a flat list.
         arrays: what it takes, as ``ShapeDtypeStruct``s with the shardings that were given.
+        names: where each is among the arguments of the loss, ``"params/blocks_0/attn/kernel"``, ``"args[1]"``.
     """
 
     fun: Callable[..., list[Any]]
     arrays: tuple[jax.ShapeDtypeStruct, ...]
+    names: tuple[str, ...]
 
     @functools.cached_property
     def traced(self) -> Any:
@@ -49,6 +54,11 @@ class Program:
         shardings = [repr(x.sharding) for x in self.arrays]
         constants = [_digest_of(c) for c in jaxpr.consts]
         return hashlib.sha256("\n".join([text, *shardings, *constants]).encode()).hexdigest()
+
+    def parameters(self) -> list[str]:
+        """The names of the arrays that are compiled: all but those that nothing depends on."""
+        kept = _compat.kept_inputs(self.traced.jaxpr.jaxpr)
+        return [name for name, k in zip(self.names, kept, strict=True) if k]
 
     @functools.cached_property
     def mesh(self) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
@@ -102,6 +112,7 @@ class Program:
                 filled = iter(given)
                 return self.fun(*(next(filled) if i in kept else _any(x) for i, x in enumerate(self.arrays)))
 
+            fun.__name__ = STEP
             exported = _export(fun, tuple(self.arrays[i] for i in kept), platform)
         return bytes(exported.serialize())
 
@@ -203,7 +214,9 @@ def step_of(
         )
         return [value, *rest, *grads]
 
-    return Program(fun, tuple(_shape_of(x) for x in arrays))
+    fun.__name__ = STEP
+    paths = [(SequenceKey(n), *path) for n, rebuild in enumerate(rebuilds) for path in rebuild.paths()]
+    return Program(fun, tuple(_shape_of(x) for x in arrays), tuple(argument_names(paths)))
 
 
 def _differentiated(n: int, found: list[Any], is_param: list[bool] | None, start: int) -> list[int]:

@@ -118,13 +118,13 @@ def test_out_of_memory_is_an_answer():
     t = again.timeline()
     assert t.reserved == pytest.approx(m.device_bytes, abs=0.01 * 2**30), "libtpu says hundredths of a GiB"
     assert [(b.kind, b.bytes) for b in t.at_peak[:2]] == [("argument", t.device.arguments), ("output", t.at_peak[1].bytes)]
-    assert t.at_peak[0].path == "w"
+    assert t.at_peak[0].path == "args[0]"
 
 
 def test_a_compiler_that_writes_no_schedule():
     answers = dict(device_bytes=3, host_bytes=0, limit_bytes=2, flops=0, message="too much", seconds=0.0, cached=True)
     parts = ("temp_bytes", "argument_bytes", "output_bytes", "alias_bytes", "host_temp_bytes")
-    m = nj.Measurement(target="v5e", **answers, **dict.fromkeys(parts), texts=lambda name: None)
+    m = nj.Measurement(target="v5e", **answers, **dict.fromkeys(parts), texts=lambda name: None, parameters=list)
     with pytest.raises(ValueError, match=r"the compiler of v5e wrote no schedule .*predict_peak.* too much"):
         m.timeline()
 
