@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 (no answer) or 3 (larger than allowed)."""
     args = _parser().parse_args(argv)
     warnings.showwarning = _warn
+    gc.set_threshold(
+        100_000, 20, 100
+    )  # a trace is millions of objects that stay: looking through them is a tenth of it
     _without_devices(args)
     try:
         return args.run(args)
@@ -278,7 +282,9 @@ def _timeline(args: argparse.Namespace) -> int:
 def _unfitting(m: Any) -> str:
     if m.fits is not False:
         return ""
-    return f": does not fit {m.target}, {report.size(m.device_bytes)} of {report.size(m.limit_bytes)}; what would fill it:"
+    return (
+        f": does not fit {m.target}, {report.size(m.device_bytes)} of {report.size(m.limit_bytes)}; what would fill it:"
+    )
 
 
 def _fit(args: argparse.Namespace) -> int:

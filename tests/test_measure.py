@@ -117,7 +117,10 @@ def test_out_of_memory_is_an_answer():
     assert again.cached
     t = again.timeline()
     assert t.reserved == pytest.approx(m.device_bytes, abs=0.01 * 2**30), "libtpu says hundredths of a GiB"
-    assert [(b.kind, b.bytes) for b in t.at_peak[:2]] == [("argument", t.device.arguments), ("output", t.at_peak[1].bytes)]
+    assert [(b.kind, b.bytes) for b in t.at_peak[:2]] == [
+        ("argument", t.device.arguments),
+        ("output", t.at_peak[1].bytes),
+    ]
     assert t.at_peak[0].path == "args[0]"
 
 

@@ -135,7 +135,9 @@ def test_one_of_each_kind():
         ("cos", (2, 4), "float32", 32, "device"),
         ("exp", (2, 4), "float32", 32, "device"),
     ]
-    assert sorted(r.path for r in found.arguments) == ["args[0]", "args[1]"] and {r.op for r in found.arguments} == {"argument"}
+    assert sorted(r.path for r in found.arguments) == ["args[0]", "args[1]"] and {r.op for r in found.arguments} == {
+        "argument"
+    }
     assert all("test_residuals.py" in r.source and "(test_one_of_each_kind.<locals>.f)" in r.source for r in found)
     assert found.nbytes == sum(r.nbytes for r in found) == found.device_bytes == 64 and found.host_bytes == 0
 
@@ -390,7 +392,9 @@ def test_arguments_and_their_views_are_apart():
 
     found = nj.residuals(f, F32(8, 8), F32(8, 8))
     assert {r.op for r in found} == {"convert_element_type", "dot_general", "mul"}
-    assert {r.path for r in found.arguments} <= {"args[0]", "args[1]"} and {r.recompute for r in found.arguments} == {None}
+    assert {r.path for r in found.arguments} <= {"args[0]", "args[1]"} and {r.recompute for r in found.arguments} == {
+        None
+    }
     views = {r.op for r in found.arguments}
     assert "broadcast_in_dim of argument" in views and all(v.endswith("argument") for v in views)
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import optimize, sparse
+import scipy
 
 from nexus_jax.planner.graph import CannotRecompute, Choice, Graph, Price, price
 
@@ -350,7 +350,7 @@ class Model:
             found.append(self.op_at[op])
         return found
 
-    def _matrix(self) -> sparse.csr_array | None:
+    def _matrix(self) -> scipy.sparse.csr_array | None:
         """Rows that must be at least 1 (the needed), then rows that must be at least 0; None if one cannot be."""
         rows: list[tuple[list[int], int | None]] = []
         for value in sorted(self.graph.needed - self.graph.free):
@@ -372,7 +372,7 @@ class Model:
                 at.append(r)
                 columns.append(user)
         self.rows = len(rows)
-        return sparse.csr_array((data, (at, columns)), shape=(len(rows), self.count))
+        return scipy.sparse.csr_array((data, (at, columns)), shape=(len(rows), self.count))
 
     def solve(self, device: int, host: int, deadline: float) -> Choice | None:
         """What HiGHS answers, rounded; within the limits but for its tolerance. None if nothing fits."""
@@ -385,7 +385,7 @@ class Model:
         for offset, limit in ((0, device), (self.offload, host))[: 2 if self.offload else 1]:
             row = np.zeros(self.count)
             row[offset : offset + n] = [size // self.unit / self.heavy for size in self.sizes]
-            constraints.append(optimize.LinearConstraint(row[None], -np.inf, limit // self.unit / self.heavy))
+            constraints.append(scipy.optimize.LinearConstraint(row[None], -np.inf, limit // self.unit / self.heavy))
         return self._answer(self.costs / self.scale, constraints, deadline)
 
     def cheapest(self, a_tick: int, a_byte: int, deadline: float) -> Choice | None:
@@ -400,7 +400,7 @@ class Model:
 
     def _rows(self) -> Any:
         lower = np.concatenate([np.ones(self.ones), np.zeros(self.rows - self.ones)])
-        return optimize.LinearConstraint(self.matrix, lower, np.inf)  # type: ignore[arg-type]
+        return scipy.optimize.LinearConstraint(self.matrix, lower, np.inf)  # type: ignore[arg-type]
 
     def _answer(self, costs: np.ndarray, constraints: list[Any], deadline: float) -> Choice | None:
         left = deadline - time.monotonic()
@@ -408,7 +408,7 @@ class Model:
             raise SolverTimeout("the solver's time is over.")
         options = {"mip_rel_gap": 0.0, **({"time_limit": left} if left < math.inf else {})}
         whole = np.concatenate([np.ones(len(self.values) + self.offload), np.zeros(len(self.ops))])
-        answer = optimize.milp(costs, constraints=constraints, integrality=whole, bounds=(0, 1), options=options)
+        answer = scipy.optimize.milp(costs, constraints=constraints, integrality=whole, bounds=(0, 1), options=options)
         if answer.status == 1:
             raise SolverTimeout("the solver's time is over.")
         return None if answer.x is None else self._choice(answer.x)
