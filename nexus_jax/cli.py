@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.set_threshold(
         100_000, 20, 100
     )  # a trace is millions of objects that stay: looking through them is a tenth of it
-    _without_devices(args)
+    _quieten_devices(args)
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -45,17 +45,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _without_devices(args: argparse.Namespace) -> None:
-    """Keep JAX from looking for devices where only others' are asked about: it prints what it does not find."""
+def _quieten_devices(args: argparse.Namespace) -> None:
+    """Keep JAX from looking for devices that are not asked about, or not there: it prints at length what it misses."""
     import logging
 
     import jax
 
+    from nexus_jax import _compat
+
     # The compiler of a GPU that is not here: JAX misses the half of its plugin that runs programs.
     logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)
+    logging.getLogger(_compat.PLUGIN_LOGGER).addFilter(_in_one_line)
     wanted = (args.target or ["local"]) if hasattr(args, "target") else []
-    if "local" not in wanted and not getattr(jax.config, "jax_platforms", None):
+    if not getattr(jax.config, "jax_platforms", None) and ("local" not in wanted or _compat.no_accelerator()):
         jax.config.update("jax_platforms", "cpu")
+
+
+def _in_one_line(record: Any) -> bool:
+    """Log what an exception says without its traceback."""
+    if record.exc_info:
+        kind, error, _ = record.exc_info
+        record.msg, record.args = f"nexus-jax: {record.getMessage()}: {' '.join([kind.__name__, str(error)]).strip()}", ()
+        record.exc_info = None
+    return True
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import nexus_jax as nj
-from nexus_jax import cli
+from nexus_jax import _compat, cli
 
 WORK = """
 import flax.linen as nn, jax, jax.numpy as jnp
@@ -192,6 +192,32 @@ def test_it_runs_as_a_module_from_another_folder():
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"][0]["measured"]["local"]["device_bytes"] > 0
+
+
+def local(tmp_path, **extra):
+    """``nexus-jax measure`` of the local device in a process that JAX is free to look for devices in."""
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | extra
+    argv = [sys.executable, "-m", "nexus_jax.cli", "measure", "work.py:step", "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and json.loads(done.stdout)["rows"][0]["measured"]["local"]["device_bytes"] > 0
+    return done.stderr
+
+
+def test_the_local_device_without_an_accelerator(tmp_path):
+    """Also where the compilers of TPUs and GPUs are installed, which are plugins of JAX."""
+    if not _compat.no_accelerator():
+        pytest.skip("there is an accelerator here")
+    assert local(tmp_path) == ""
+
+
+def test_a_plugin_that_does_not_start_is_one_line(tmp_path):
+    plugin = tmp_path / "plugins" / "jax_plugins" / "of_a_test"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").write_text("def initialize():\n    raise RuntimeError('no such device')\n")
+    err = local(tmp_path, PYTHONPATH=os.pathsep.join([str(plugin.parents[1]), *filter(None, [os.getenv("PYTHONPATH")])]))
+    lines = [line for line in err.splitlines() if line.startswith("nexus-jax:")]
+    assert len(lines) == 1 + _compat.has_compiler("gpu") and "Traceback" not in err, err
+    assert any("of_a_test.initialize(): RuntimeError no such device" in line for line in lines)
 
 
 def test_what_a_library_prints_is_not_in_the_output(capfd):
