@@ -37,12 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nexus-jax: interrupted; finished compiles are kept", file=sys.stderr)
         return 130
-    except Exception as error:  # a user's file may raise anything; a traceback of ours helps nobody
-        from nexus_jax.workload import described
-
-        known = isinstance(error, ValueError | RuntimeError | OSError)
-        print(f"nexus-jax: {' '.join(str(error).split()) if known else described(error)}", file=sys.stderr)
+    except (Exception, SystemExit) as error:  # a user's file may raise anything; a traceback of ours helps nobody
+        print(f"nexus-jax: {_sentence(error, getattr(args, 'workload', None))}", file=sys.stderr)
         return FAILED
+
+
+def _sentence(error: BaseException, workload: str | None) -> str:
+    from nexus_jax.workload import WorkloadError, described
+
+    file = pathlib.Path(workload.rpartition(":")[0]) if workload else None
+    if file is None or isinstance(error, WorkloadError):
+        return described(error)
+    told = described(error, file)
+    return f"{file}: {told}" if told.startswith("line ") else told
 
 
 def _quieten_devices(args: argparse.Namespace) -> None:
@@ -92,6 +99,13 @@ def bytes_of(text: str) -> int:
     except (TypeError, KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write 15GiB, 16GB or a number of bytes") from None
     return int(value)
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no time: write a number of seconds above 0")
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -145,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="draw what memory buys: all plans, fixed policies (.png, .svg)",
     )
-    made["plan"].add_argument("--time-limit", type=float, help="seconds for the solver")
+    made["plan"].add_argument("--time-limit", type=_seconds, help="seconds for the solver")
     diff = commands.add_parser("diff", help="what changed between two reports of compare --json")
     diff.add_argument("before", type=pathlib.Path)
     diff.add_argument("after", type=pathlib.Path)
@@ -176,7 +190,7 @@ def _common(parser: argparse.ArgumentParser, several: bool) -> None:
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="for machines; to standard output without a file"
     )
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one compile")
+    parser.add_argument("--timeout", type=_seconds, default=1800.0, help="seconds for one compile")
 
 
 def _workload(args: argparse.Namespace) -> Any:
@@ -195,6 +209,13 @@ def _single_target(args: argparse.Namespace) -> str:
     return _targets_of(args)[0]
 
 
+def _targets_known(args: argparse.Namespace) -> None:
+    from nexus_jax.targets.compiler import find_target
+
+    for target in _targets_of(args):
+        find_target(target)
+
+
 def _show(args: argparse.Namespace, text: Any, machine: Any) -> None:
     """Print a table, or write JSON; JSON alone goes to standard output, so that it can be piped."""
     if args.json is None:
@@ -204,8 +225,8 @@ def _show(args: argparse.Namespace, text: Any, machine: Any) -> None:
     if args.json == "-":
         sys.stdout.write(document)
         return
+    print(text)  # first: it is not lost where the file cannot be written
     pathlib.Path(args.json).write_text(document)
-    print(text)
 
 
 # --- commands ------------------------------------------------------------------------------------------------------
@@ -213,11 +234,14 @@ def _show(args: argparse.Namespace, text: Any, machine: Any) -> None:
 
 def _residuals(args: argparse.Namespace) -> int:
     from nexus_jax.compare import name_of
+    from nexus_jax.program import check_loss
     from nexus_jax.residuals import residuals
 
+    _targets_known(args)  # the same on all of them
     workload, found = _workload(args), {}
     for policy in args.policy or [None]:
         loss, arguments = workload(policy)
+        check_loss(loss, arguments)
         found[name_of(policy)] = residuals(loss, *arguments)
     text = "\n".join(f"{name or workload.name}\n{kept}" for name, kept in found.items())
     _show(args, text, {name: kept.as_dict() for name, kept in found.items()})
@@ -266,11 +290,11 @@ def _timeline(args: argparse.Namespace) -> int:
     from nexus_jax import timeline
 
     target = _single_target(args)
+    args.out.mkdir(parents=True, exist_ok=True)
     comparison = _compared(args, args.policy or ["none", "heavy_ops"], schedules=True)
     [name] = comparison.targets
     measured = {row.policy: row.measured[name] for row in comparison}
     lines = {policy: m.timeline() for policy, m in measured.items()}
-    args.out.mkdir(parents=True, exist_ok=True)
     limit = comparison[0].measured[name].limit_bytes
     written = [args.out / f"timeline_{target.replace(':', '_')}.{kind}" for kind in ("png", "svg", "html")]
     for path in written[:2]:
@@ -341,13 +365,13 @@ def _plan(args: argparse.Namespace) -> int:
     with _libraries_silenced():
         planner = Planner(loss, arguments, target=target)
         found = planner.plan(args.budget, args.time_limit)
+    figures = ("target", "objective", "budget", "device_bytes", "host_bytes", "predicted_bytes", "unplanned_bytes")
+    machine = {name: getattr(found, name) for name in (*figures, "extra_flops", "step_flops", "gap", "trials")}
+    _show(args, found, machine)
     if args.out:
         found.save(args.out)
     if args.picture:
         picture.draw(planner, found, args.picture)
-    figures = ("target", "objective", "budget", "device_bytes", "host_bytes", "predicted_bytes", "unplanned_bytes")
-    machine = {name: getattr(found, name) for name in (*figures, "extra_flops", "step_flops", "gap", "trials")}
-    _show(args, found, machine)
     return 0
 
 
@@ -374,17 +398,16 @@ def _libraries_silenced() -> Iterator[None]:
 
 def _doctor(args: argparse.Namespace) -> int:
     from nexus_jax.doctor import doctor
+    from nexus_jax.program import check_loss
 
-    workload, target = _workload(args), _single_target(args)
-    found = {policy: doctor(*_flat(workload(policy)), target=target) for policy in args.policy or [None]}
+    workload, target, found = _workload(args), _single_target(args), {}
+    for policy in args.policy or [None]:
+        loss, arguments = workload(policy)
+        check_loss(loss, arguments)
+        found[policy] = doctor(loss, *arguments, target=target)
     text = "\n".join(f"{policy or workload.name}\n{report_}" for policy, report_ in found.items())
     _show(args, text, {str(policy): [dataclasses.asdict(f) for f in report_] for policy, report_ in found.items()})
     return 0
-
-
-def _flat(made: Any) -> tuple[Any, ...]:
-    loss, arguments = made
-    return (loss, *arguments)
 
 
 def _diff(args: argparse.Namespace) -> int:
