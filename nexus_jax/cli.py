@@ -72,7 +72,10 @@ def _in_one_line(record: Any) -> bool:
     """Log what an exception says without its traceback."""
     if record.exc_info:
         kind, error, _ = record.exc_info
-        record.msg, record.args = f"nexus-jax: {record.getMessage()}: {' '.join([kind.__name__, str(error)]).strip()}", ()
+        record.msg, record.args = (
+            f"nexus-jax: {record.getMessage()}: {' '.join([kind.__name__, str(error)]).strip()}",
+            (),
+        )
         record.exc_info = None
     return True
 

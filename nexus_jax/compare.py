@@ -214,7 +214,11 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]
 
 
 def _is_report(found: Any) -> bool:
-    if not isinstance(found, Mapping) or found.get("version") != JSON_VERSION or not isinstance(found.get("rows"), list):
+    if (
+        not isinstance(found, Mapping)
+        or found.get("version") != JSON_VERSION
+        or not isinstance(found.get("rows"), list)
+    ):
         return False
     kinds = {"policy": str, "residuals": Mapping, "flops": int, "measured": Mapping}
     return all(

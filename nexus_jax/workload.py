@@ -57,7 +57,9 @@ class Workload:
             return self.settings[parameter]
         found = self.parameters[parameter].default if parameter in self.parameters else inspect.Parameter.empty
         if found is inspect.Parameter.empty:
-            raise WorkloadError(f"{self.name}: the parameter {parameter!r} has no default; write {parameter}=... (--set)")
+            raise WorkloadError(
+                f"{self.name}: the parameter {parameter!r} has no default; write {parameter}=... (--set)"
+            )
         return found
 
     def __call__(self, policy: Any = None, **sizes: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
