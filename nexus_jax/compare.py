@@ -156,12 +156,15 @@ def name_of(policy: Any) -> str:
     return "" if policy is None else str(getattr(policy, "name", None) or getattr(policy, "value", None) or policy)
 
 
+_FACTS = {"residual_device_bytes": int, "residual_host_bytes": int, "residuals": dict, "flops": int}
+
+
 def _facts(program: Program, loss: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:
     """What is known without a compiler; kept on disk too, since reading residuals takes as long as tracing."""
     from nexus_jax.measure import flops_of
 
     cache, key = caches.Cache(), caches.key_of("facts", program.digest)
-    found = cache.get(key)
+    found = cache.get(key, _FACTS)
     if found is not None:
         return found
     kept = residuals(loss, *args)

@@ -236,6 +236,27 @@ def test_a_table_is_not_lost_where_its_file_cannot_be_written(capsys):
     assert status == cli.FAILED and "plan for local" in out and "gone/p.toml: No such file or directory" in err
 
 
+@pytest.mark.filterwarnings("always::UserWarning")
+@pytest.mark.parametrize("content", ["{}", "null", '{"bytes": {"temp": "x"}}', '{"out_of_memory": {}}', '{"flops"'])
+def test_a_corrupt_cache_costs_a_compile(capsys, tmp_path, content):
+    measured = lambda out: json.loads(out)["rows"][0]["measured"]["local"]["device_bytes"]
+    status, before, _ = run(capsys, "measure", "work.py:step", "--json")
+    for path in (tmp_path / "cache").glob("*/*/result.json"):
+        path.write_text(content)
+    status, out, err = run(capsys, "measure", "work.py:step", "--json")
+    assert status == 0 and measured(out) == measured(before) and err.count("compiling again") == 2
+    assert run(capsys, "measure", "work.py:step", "--json")[2] == "", "it was replaced"
+
+
+@pytest.mark.filterwarnings("always::UserWarning")
+def test_a_cache_that_cannot_be_written_costs_a_warning(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NEXUS_JAX_CACHE", str(tmp_path / "file"))
+    status, out, err = run(capsys, "measure", "work.py:step")
+    assert status == 0 and "device bytes" in out
+    assert "cannot be written" in err and "Set NEXUS_JAX_CACHE" in err and "Traceback" not in err
+
+
 def test_bad_flags(capsys):
     for argv, message in (
         (("measure", "work.py:step", "--max-device-bytes", "much"), "'much' is no size: write 15GiB"),

@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nexus_jax import _compat
 from nexus_jax.targets import cache as caches
 from nexus_jax.targets.sheets import Sheet, gpu_target_config, parse_target
-from nexus_jax.targets.worker import TEXTS, bytes_of, dump_options, failure, keep_texts
+from nexus_jax.targets.worker import BYTES, TEXTS, bytes_of, dump_options, failure, keep_texts
 
 TIMEOUT = 1800.0  # seconds for one program; GPT-3 175B on 64 chips takes 30
 
@@ -197,8 +197,8 @@ def compile_all(
     answers: dict[str, Answer] = {}
     todo: dict[str, Job] = {}
     for job in jobs:
-        found = None if fresh else cache.get(job.key)
-        if found is not None and _suffices(found, job, cache):
+        found = None if fresh else _kept(job, cache)
+        if found is not None:
             answers[job.key] = _answer(job, found, None, timeout, cached=True)
         else:
             job.target.require_compiler()
@@ -224,10 +224,16 @@ def compile_all(
     return [answers[job.key] for job in jobs]
 
 
-def _suffices(found: dict[str, Any], job: Job, cache: caches.Cache) -> bool:
-    if not ("bytes" in found or "out_of_memory" in found):
-        return False
-    return not job.texts or all(cache.has_text(job.key, name) for name in TEXTS.values())
+def _kept(job: Job, cache: caches.Cache) -> dict[str, Any] | None:
+    """What the cache answers, if that is enough."""
+    found = cache.get(job.key)
+    if found is None or (job.texts and not all(cache.has_text(job.key, name) for name in TEXTS.values())):
+        return None
+    return cache.get(job.key, _OUT_OF_MEMORY if "out_of_memory" in found else _FITS)
+
+
+_FITS = {"bytes": dict.fromkeys(BYTES, int)}
+_OUT_OF_MEMORY = {"out_of_memory": {"wanted": int, "limit": int, "message": str}}
 
 
 def _answer(job: Job, result: dict[str, Any], texts: dict[str, str] | None, timeout: float, cached: bool) -> Answer:
