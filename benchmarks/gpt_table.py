@@ -9,6 +9,7 @@ other policy or target.
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import pathlib
@@ -96,8 +97,13 @@ def nnx_model(policy, layers, length, by_hand=False):
 def linen(policy="none", batch=8, length=1024, layers=12, by_hand=False):
     """A workload for `nexus-jax`: the loss of the linen GPT, and its arguments as shapes."""
     model, tokens = linen_model(policy, layers, by_hand), _tokens(batch, length)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    return (lambda p, t: models.loss_of(model.apply(p, t), t)), (params, tokens)
+    return (lambda p, t: models.loss_of(model.apply(p, t), t)), (linen_params(batch, length, layers), tokens)
+
+
+@functools.cache
+def linen_params(batch, length, layers):
+    """Those of the plain model: a policy changes none of them."""
+    return jax.eval_shape(linen_model("none", layers).init, jax.random.key(0), _tokens(batch, length))
 
 
 def flax_nnx(policy="none", batch=8, length=1024, layers=12, by_hand=False):

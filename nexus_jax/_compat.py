@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import inspect
 import os
 import pathlib
+import pkgutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +26,7 @@ from flax.nnx import extract, graphlib
 from flax.nnx.transforms import general
 from jax._src import (
     api,  # private: `jax.grad` calls `vjp` by its name in here
+    hardware_utils,  # private: what JAX itself asks before it warns of an accelerator that it does not use
     source_info_util,  # private: no public way from an equation to its line and scope
 )
 from jax._src.interpreters import partial_eval
@@ -53,6 +56,11 @@ def output_aval(prim: Any, avals: tuple[Any, ...], params: dict[str, Any]) -> An
 def without_constvars(jaxpr: Any) -> Any:
     """The jaxpr with its constants as its first arguments."""
     return partial_eval.convert_constvars_jaxpr(jaxpr)
+
+
+def kept_inputs(jaxpr: Any) -> list[bool]:
+    """Which arguments ``jax.jit`` compiles: it leaves out what no result depends on."""
+    return partial_eval.dce_jaxpr_consts(jaxpr, [True] * len(jaxpr.outvars))[2]
 
 
 def varying_axes(aval: Any) -> tuple[str, ...]:
@@ -346,6 +354,26 @@ def has_compiler(kind: str) -> bool:
     except ModuleNotFoundError:
         return False
     return found is not None and (kind == "tpu" or bool(found.submodule_search_locations))
+
+
+def no_accelerator() -> bool:
+    """Whether JAX would look for accelerators here in vain: only plugins of TPUs and NVIDIA GPUs, and none of those.
+
+    It would say so at length: the compilers of ``[tpu]`` and ``[gpu]`` are plugins of JAX too.
+    """
+    plugins = {name for _, name, _ in pkgutil.iter_modules(_plugin_folders())}
+    plugins |= {e.value.rpartition(".")[2] for e in importlib.metadata.entry_points(group="jax_plugins")}
+    others = any(not name.startswith("xla_cuda") for name in plugins)
+    tpus, _ = hardware_utils.num_available_tpu_chips_and_device_id()
+    return not (others or tpus or hardware_utils.has_visible_nvidia_gpu())
+
+
+def _plugin_folders() -> list[str]:
+    found = importlib.util.find_spec("jax_plugins")
+    return list(found.submodule_search_locations or ()) if found else []
+
+
+PLUGIN_LOGGER = "jax._src.xla_bridge"  # what says that a plugin does not start, with a traceback
 
 
 def install_line(kind: str) -> str:

@@ -104,6 +104,11 @@ class _Rebuild:
     def __hash__(self) -> int:
         return hash((self.treedef, self.traced, self.static))
 
+    def paths(self) -> list[tuple[Any, ...]]:
+        """Where each of the arrays is in the tree, as JAX's keys."""
+        inside = jax.tree_util.tree_leaves_with_path(self.treedef.unflatten(range(self.treedef.num_leaves)))
+        return [path for path, i in inside if self.traced[i]]
+
     def __call__(self, arrays: list[Any]) -> Any:
         it = iter(arrays)
         filled = [next(it) if t else leaf for leaf, t in zip(self.static, self.traced, strict=True)]

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -27,31 +28,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 (no answer) or 3 (larger than allowed)."""
     args = _parser().parse_args(argv)
     warnings.showwarning = _warn
-    _without_devices(args)
+    gc.set_threshold(
+        100_000, 20, 100
+    )  # a trace is millions of objects that stay: looking through them is a tenth of it
+    _quieten_devices(args)
     try:
         return args.run(args)
     except KeyboardInterrupt:
         print("nexus-jax: interrupted; finished compiles are kept", file=sys.stderr)
         return 130
-    except Exception as error:  # a user's file may raise anything; a traceback of ours helps nobody
-        from nexus_jax.workload import described
-
-        known = isinstance(error, ValueError | RuntimeError | OSError)
-        print(f"nexus-jax: {' '.join(str(error).split()) if known else described(error)}", file=sys.stderr)
+    except (Exception, SystemExit) as error:  # a user's file may raise anything; a traceback of ours helps nobody
+        print(f"nexus-jax: {_sentence(error, getattr(args, 'workload', None))}", file=sys.stderr)
         return FAILED
 
 
-def _without_devices(args: argparse.Namespace) -> None:
-    """Keep JAX from looking for devices where only others' are asked about: it prints what it does not find."""
+def _sentence(error: BaseException, workload: str | None) -> str:
+    from nexus_jax.workload import WorkloadError, described
+
+    file = pathlib.Path(workload.rpartition(":")[0]) if workload else None
+    if file is None or isinstance(error, WorkloadError):
+        return described(error)
+    told = described(error, file)
+    return f"{file}: {told}" if told.startswith("line ") else told
+
+
+def _quieten_devices(args: argparse.Namespace) -> None:
+    """Keep JAX from looking for devices that are not asked about, or not there: it prints at length what it misses."""
     import logging
 
     import jax
 
+    from nexus_jax import _compat
+
     # The compiler of a GPU that is not here: JAX misses the half of its plugin that runs programs.
     logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)
+    logging.getLogger(_compat.PLUGIN_LOGGER).addFilter(_in_one_line)
     wanted = (args.target or ["local"]) if hasattr(args, "target") else []
-    if "local" not in wanted and not getattr(jax.config, "jax_platforms", None):
+    if not getattr(jax.config, "jax_platforms", None) and ("local" not in wanted or _compat.no_accelerator()):
         jax.config.update("jax_platforms", "cpu")
+
+
+def _in_one_line(record: Any) -> bool:
+    """Log what an exception says without its traceback."""
+    if record.exc_info:
+        kind, error, _ = record.exc_info
+        record.msg, record.args = (
+            f"nexus-jax: {record.getMessage()}: {' '.join([kind.__name__, str(error)]).strip()}",
+            (),
+        )
+        record.exc_info = None
+    return True
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
@@ -76,6 +102,13 @@ def bytes_of(text: str) -> int:
     except (TypeError, KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write 15GiB, 16GB or a number of bytes") from None
     return int(value)
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no time: write a number of seconds above 0")
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -135,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="draw what memory buys: all plans, fixed policies (.png, .svg)",
     )
-    made["plan"].add_argument("--time-limit", type=float, help="seconds for the solver")
+    made["plan"].add_argument("--time-limit", type=_seconds, help="seconds for the solver")
     diff = commands.add_parser("diff", help="what changed between two reports of compare --json")
     diff.add_argument("before", type=pathlib.Path)
     diff.add_argument("after", type=pathlib.Path)
@@ -166,7 +199,7 @@ def _common(parser: argparse.ArgumentParser, several: bool) -> None:
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="for machines; to standard output without a file"
     )
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one compile")
+    parser.add_argument("--timeout", type=_seconds, default=1800.0, help="seconds for one compile")
 
 
 def _workload(args: argparse.Namespace) -> Any:
@@ -185,6 +218,13 @@ def _single_target(args: argparse.Namespace) -> str:
     return _targets_of(args)[0]
 
 
+def _targets_known(args: argparse.Namespace) -> None:
+    from nexus_jax.targets.compiler import find_target
+
+    for target in _targets_of(args):
+        find_target(target)
+
+
 def _show(args: argparse.Namespace, text: Any, machine: Any) -> None:
     """Print a table, or write JSON; JSON alone goes to standard output, so that it can be piped."""
     if args.json is None:
@@ -194,8 +234,8 @@ def _show(args: argparse.Namespace, text: Any, machine: Any) -> None:
     if args.json == "-":
         sys.stdout.write(document)
         return
+    print(text)  # first: it is not lost where the file cannot be written
     pathlib.Path(args.json).write_text(document)
-    print(text)
 
 
 # --- commands ------------------------------------------------------------------------------------------------------
@@ -203,11 +243,14 @@ def _show(args: argparse.Namespace, text: Any, machine: Any) -> None:
 
 def _residuals(args: argparse.Namespace) -> int:
     from nexus_jax.compare import name_of
+    from nexus_jax.program import check_loss
     from nexus_jax.residuals import residuals
 
+    _targets_known(args)  # the same on all of them
     workload, found = _workload(args), {}
     for policy in args.policy or [None]:
         loss, arguments = workload(policy)
+        check_loss(loss, arguments)
         found[name_of(policy)] = residuals(loss, *arguments)
     text = "\n".join(f"{name or workload.name}\n{kept}" for name, kept in found.items())
     _show(args, text, {name: kept.as_dict() for name, kept in found.items()})
@@ -256,22 +299,37 @@ def _timeline(args: argparse.Namespace) -> int:
     from nexus_jax import timeline
 
     target = _single_target(args)
+    args.out.mkdir(parents=True, exist_ok=True)
     comparison = _compared(args, args.policy or ["none", "heavy_ops"], schedules=True)
     [name] = comparison.targets
-    lines = {row.policy: row.measured[name].timeline() for row in comparison}
-    args.out.mkdir(parents=True, exist_ok=True)
+    measured = {row.policy: row.measured[name] for row in comparison}
+    lines = {policy: m.timeline() for policy, m in measured.items()}
     limit = comparison[0].measured[name].limit_bytes
     written = [args.out / f"timeline_{target.replace(':', '_')}.{kind}" for kind in ("png", "svg", "html")]
     for path in written[:2]:
         timeline.draw(lines, path, capacity=limit)
     timeline.write_html(lines, written[2])
-    text = "\n".join(f"{policy}\n{timeline.table(t)}" for policy, t in lines.items())
+    text = "\n".join(f"{policy}{_unfitting(measured[policy])}\n{timeline.table(t)}" for policy, t in lines.items())
     shown = {
-        p: {"peak_bytes": int(t.peak_bytes), "reserved": int(t.reserved), "peak_step": int(t.peak_step)}
+        p: {
+            "peak_bytes": int(t.peak_bytes),
+            "reserved": int(t.reserved),
+            "peak_step": int(t.peak_step),
+            "limit_bytes": limit,
+            "fits": measured[p].fits,
+        }
         for p, t in lines.items()
     }
     _show(args, f"{text}\nwritten: {', '.join(map(str, written))}", shown)
     return 0
+
+
+def _unfitting(m: Any) -> str:
+    if m.fits is not False:
+        return ""
+    return (
+        f": does not fit {m.target}, {report.size(m.device_bytes)} of {report.size(m.limit_bytes)}; what would fill it:"
+    )
 
 
 def _fit(args: argparse.Namespace) -> int:
@@ -316,13 +374,13 @@ def _plan(args: argparse.Namespace) -> int:
     with _libraries_silenced():
         planner = Planner(loss, arguments, target=target, host_budget=args.host_budget)
         found = planner.plan(args.budget, args.time_limit)
+    figures = ("target", "objective", "budget", "device_bytes", "host_bytes", "predicted_bytes", "unplanned_bytes")
+    machine = {name: getattr(found, name) for name in (*figures, "extra_flops", "step_flops", "gap", "trials")}
+    _show(args, found, machine)
     if args.out:
         found.save(args.out)
     if args.picture:
         picture.draw(planner, found, args.picture)
-    figures = ("target", "objective", "budget", "device_bytes", "host_bytes", "predicted_bytes", "unplanned_bytes")
-    machine = {name: getattr(found, name) for name in (*figures, "extra_flops", "step_flops", "gap", "trials")}
-    _show(args, found, machine)
     return 0
 
 
@@ -349,17 +407,16 @@ def _libraries_silenced() -> Iterator[None]:
 
 def _doctor(args: argparse.Namespace) -> int:
     from nexus_jax.doctor import doctor
+    from nexus_jax.program import check_loss
 
-    workload, target = _workload(args), _single_target(args)
-    found = {policy: doctor(*_flat(workload(policy)), target=target) for policy in args.policy or [None]}
+    workload, target, found = _workload(args), _single_target(args), {}
+    for policy in args.policy or [None]:
+        loss, arguments = workload(policy)
+        check_loss(loss, arguments)
+        found[policy] = doctor(loss, *arguments, target=target)
     text = "\n".join(f"{policy or workload.name}\n{report_}" for policy, report_ in found.items())
     _show(args, text, {str(policy): [dataclasses.asdict(f) for f in report_] for policy, report_ in found.items()})
     return 0
-
-
-def _flat(made: Any) -> tuple[Any, ...]:
-    loss, arguments = made
-    return (loss, *arguments)
 
 
 def _diff(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from nexus_jax.program import Program, step_of
 from nexus_jax.residuals import residuals
 from nexus_jax.targets import cache as caches
 from nexus_jax.targets.compiler import TIMEOUT, Target, compile_all, find_target
-from nexus_jax.workload import Workload
+from nexus_jax.workload import Workload, WorkloadError
 
 POLICIES = ("none", "all", "alternate", "heavy_ops")
 JSON_VERSION = 1
@@ -136,9 +136,10 @@ def compare(
             loss, args = made(policy)
             program = step_of(loss, args, argnums, has_aux)
             jobs += [program.job(t, name or made.name, dict(compiler_options or {}), schedules) for t in where]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             if name and name not in str(error):
-                raise type(error)(f"policy {name}: {error}") from error
+                kind = next(k for k in (WorkloadError, ValueError, TypeError, RuntimeError) if isinstance(error, k))
+                raise kind(f"policy {name}: {error}") from error
             raise
         programs.append((name, program))
         facts.append(_facts(program, loss, args))
@@ -155,12 +156,15 @@ def name_of(policy: Any) -> str:
     return "" if policy is None else str(getattr(policy, "name", None) or getattr(policy, "value", None) or policy)
 
 
+_FACTS = {"residual_device_bytes": int, "residual_host_bytes": int, "residuals": dict, "flops": int}
+
+
 def _facts(program: Program, loss: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:
     """What is known without a compiler; kept on disk too, since reading residuals takes as long as tracing."""
     from nexus_jax.measure import flops_of
 
     cache, key = caches.Cache(), caches.key_of("facts", program.digest)
-    found = cache.get(key)
+    found = cache.get(key, _FACTS)
     if found is not None:
         return found
     kept = residuals(loss, *args)
@@ -201,7 +205,7 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]
         none: -64 B of residuals in blocks[0..1]/attn dot_general f32[8] device (64 B -> 0 B)
     """
     for report_ in (before, after):
-        if not isinstance(report_, Mapping) or report_.get("version") != JSON_VERSION or "rows" not in report_:
+        if not _is_report(report_):
             raise ValueError("not a report of `nexus-jax compare --json`.")
     old = {row["policy"]: row for row in before["rows"]}
     new = {row["policy"]: row for row in after["rows"]}
@@ -210,6 +214,22 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]
     for policy in (p for p in new if p in old):
         lines += _row_difference(policy or "the workload", old[policy], new[policy])
     return lines
+
+
+def _is_report(found: Any) -> bool:
+    if (
+        not isinstance(found, Mapping)
+        or found.get("version") != JSON_VERSION
+        or not isinstance(found.get("rows"), list)
+    ):
+        return False
+    kinds = {"policy": str, "residuals": Mapping, "flops": int, "measured": Mapping}
+    return all(
+        isinstance(row, Mapping)
+        and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
+        and all(isinstance(m, Mapping) and isinstance(m.get("device_bytes"), int) for m in row["measured"].values())
+        for row in found["rows"]
+    )
 
 
 def _row_difference(policy: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

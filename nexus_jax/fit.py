@@ -204,7 +204,9 @@ class _Search:
     def _limit(self, m: Measurement) -> int:
         if self.limit is None:
             if m.limit_bytes is None:
-                raise ValueError(f"the memory of target={self.target.name!r} is not known: write limit_bytes=...")
+                raise ValueError(
+                    f"the memory of target={self.target.name!r} is not known: write limit_bytes=... (--limit)."
+                )
             self.limit = m.limit_bytes
         return self.limit
 

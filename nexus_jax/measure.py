@@ -43,6 +43,7 @@ class Measurement:
     seconds: float = dataclasses.field(compare=False)
     cached: bool = dataclasses.field(compare=False)
     texts: Callable[[str], str | None] = dataclasses.field(repr=False, compare=False)
+    parameters: Callable[[], Sequence[str]] = dataclasses.field(repr=False, compare=False)
 
     @property
     def fits(self) -> bool | None:
@@ -51,19 +52,26 @@ class Measurement:
     def timeline(self) -> Any:
         """Device bytes at every point of the step: :class:`nexus_jax.timeline.Timeline`.
 
+        Also of a step that does not fit: libtpu lays its buffers out before it refuses them, and the compilers of GPUs
+        refuse none.
+
         Raises:
-            ValueError: the step ran out of memory, so that the compiler wrote no schedule.
+            ValueError: the compiler wrote no schedule down.
         """
         from nexus_jax import timeline
 
         texts = {name: self.texts(name) for name in ("buffer_assignment", "live_range", "hlo")}
         if None in texts.values():
-            raise ValueError(f"no schedule: the step ran out of memory on {self.target}. {self.message}".strip())
-        return timeline.parse(**texts)  # type: ignore[arg-type]
+            raise ValueError(
+                f"no timeline: the compiler of {self.target} wrote no schedule of this step down; "
+                f"nexus_jax.predict_peak says what to expect at its peak. {self.message}".strip()
+            )
+        return timeline.parse(**texts, arguments=self.parameters())  # type: ignore[arg-type]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: every field but the compiler's texts, and ``fits``."""
-        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "texts"}
+        """For JSON: every field but what :meth:`timeline` reads, and ``fits``."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del found["texts"], found["parameters"]
         return {**found, "fits": self.fits}
 
     def __str__(self) -> str:
@@ -142,6 +150,7 @@ def measurement(program: Program, target: Target, answer: Answer, flops: int | N
         seconds=answer.seconds,
         cached=answer.cached,
         texts=answer.text,
+        parameters=program.parameters,
     )
     if answer.bytes is None:
         assert answer.out_of_memory is not None

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +15,14 @@ import jax.core
 import numpy as np
 from jax import export
 from jax.sharding import NamedSharding
+from jax.tree_util import SequenceKey
 
-from nexus_jax import adapters
+from nexus_jax import _compat, adapters
 from nexus_jax.boundary import is_floating, split
+from nexus_jax.scopes import STEP
 from nexus_jax.targets import cache as caches
 from nexus_jax.targets.compiler import Job, Target
+from nexus_jax.traced import Traced, argument_names
 
 _DATA = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 
@@ -31,10 +34,12 @@ class Program:
     Attributes:
         fun: takes the arrays, returns the loss, the aux output and the gradients as a flat list.
         arrays: what it takes, as ``ShapeDtypeStruct``s with the shardings that were given.
+        names: where each is among the arguments of the loss, ``"params/blocks_0/attn/kernel"``, ``"args[1]"``.
     """
 
     fun: Callable[..., list[Any]]
     arrays: tuple[jax.ShapeDtypeStruct, ...]
+    names: tuple[str, ...]
 
     @functools.cached_property
     def traced(self) -> Any:
@@ -49,6 +54,11 @@ class Program:
         shardings = [repr(x.sharding) for x in self.arrays]
         constants = [_digest_of(c) for c in jaxpr.consts]
         return hashlib.sha256("\n".join([text, *shardings, *constants]).encode()).hexdigest()
+
+    def parameters(self) -> list[str]:
+        """The names of the arrays that are compiled: all but those that nothing depends on."""
+        kept = _compat.kept_inputs(self.traced.jaxpr.jaxpr)
+        return [name for name, k in zip(self.names, kept, strict=True) if k]
 
     @functools.cached_property
     def mesh(self) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
@@ -102,6 +112,7 @@ class Program:
                 filled = iter(given)
                 return self.fun(*(next(filled) if i in kept else _any(x) for i, x in enumerate(self.arrays)))
 
+            fun.__name__ = STEP
             exported = _export(fun, tuple(self.arrays[i] for i in kept), platform)
         return bytes(exported.serialize())
 
@@ -203,7 +214,17 @@ def step_of(
         )
         return [value, *rest, *grads]
 
-    return Program(fun, tuple(_shape_of(x) for x in arrays))
+    fun.__name__ = STEP
+    paths = [(SequenceKey(n), *path) for n, rebuild in enumerate(rebuilds) for path in rebuild.paths()]
+    return Program(fun, tuple(_shape_of(x) for x in arrays), tuple(argument_names(paths)))
+
+
+def check_loss(fn: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Trace a loss forward, and raise a ``TypeError`` unless it is a scalar and the first argument has a gradient."""
+    state, is_param = adapters.nnx.state_of(args[0])
+    _differentiated(0, split(state, _DATA)[0], is_param, 0)
+    traced = Traced(fn, args, {})
+    jax.eval_shape(lambda *xs: _value_and_aux(fn, traced.fun(traced.rebuild(list(xs))), False)[0], *traced.arrays)
 
 
 def _differentiated(n: int, found: list[Any], is_param: list[bool] | None, start: int) -> list[int]:
@@ -218,17 +239,24 @@ def _differentiated(n: int, found: list[Any], is_param: list[bool] | None, start
     return [start + i for i in range(len(found))]
 
 
-def _value_and_aux(fn: Callable[..., Any], out: Any, has_aux: bool) -> tuple[Any, Any]:
+def called(fn: Callable[..., Any]) -> str:
+    """What a function is called in messages: ``"loss (train.py:12)"``."""
     name = getattr(fn, "__name__", type(fn).__name__)
+    code = getattr(fn, "__code__", None)
+    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code else name
+
+
+def _value_and_aux(fn: Callable[..., Any], out: Any, has_aux: bool) -> tuple[Any, Any]:
+    name = called(fn)
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"has_aux=True: {name} must return (loss, aux), and returned {type(out).__name__}.")
     value: Any = out[0] if has_aux else out
     aux = out[1] if has_aux else None
     if not hasattr(value, "shape") and not isinstance(value, float):
-        hint = " Write has_aux=True if it returns (loss, aux)." if isinstance(value, tuple) else ""
+        hint = " Return the loss alone, or write has_aux=True." if isinstance(value, tuple) else ""
         raise TypeError(f"{name} must return a scalar loss, and returned {type(value).__name__}.{hint}")
     array = jax.numpy.asarray(value)
-    if array.shape != () or not is_floating(array):
+    if array.shape != () or not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
         kind = f"{array.dtype}{list(array.shape)}"
         raise TypeError(f"{name} must return a scalar loss of floating point, and returned {kind}.")
     return value, aux

@@ -124,7 +124,8 @@ def _short_why(group: Any) -> str:
             said.append(f"recomputes {named or 'from it'}")
         else:
             what = _short(op) if role in ("operand", "factor") else f"{role} of {_short(op)}"
-            said.append(f"{what} in {named}" if named else what)
+            here = " here and" if "" in paths else ""
+            said.append(f"{what}{here} in {named}" if named else what)
     return ", ".join(said) or "nothing: dropped"
 
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 Phase = Literal["forward", "backward", "recompute"]
 
+STEP = "nexus_jax_step"  # the function that we compile: no user's
+
 # Scopes that JAX opens, and that are no module of the user's.
 _OF_JAX = {"eval_jaxpr", "checkpoint", "rematted_computation", "closed_call", "call_exported", "while", "body", "cond"}
 _TRANSFORMED = re.compile(r"\w+\(([^()]*)\)")

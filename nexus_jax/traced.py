@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,12 +39,9 @@ class Traced:
             raise TypeError(f"{name}(*args): no argument is an array or a jax.ShapeDtypeStruct.")
 
     def names(self) -> list[str]:
-        """Where each array is among the arguments: ``"0/params/blocks_0/attn/kernel"``."""
-        treedef = self.rebuild.treedef
+        """Where each array is among the arguments: see :func:`argument_names`."""
         given = jax.tree_util.tree_leaves_with_path(self.given, is_leaf=adapters.nnx.accepts)
-        inside = jax.tree_util.tree_leaves_with_path(treedef.unflatten(range(treedef.num_leaves)))
-        paths = [given[path[0].idx][0][1:] + path[1:] for path, i in inside if self.rebuild.traced[i]]
-        return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+        return argument_names([given[path[0].idx][0][1:] + path[1:] for path in self.rebuild.paths()])
 
     def forward(self) -> Any:
         """The jaxpr of the call."""
@@ -82,3 +80,32 @@ class Traced:
 
     def _run(self, arrays: Sequence[Any]) -> list[Any]:
         return split(self.fun(self.rebuild(list(arrays))))[0]
+
+
+def argument_names(paths: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Where arrays are in the arguments of a call, for people to read.
+
+    Args:
+        paths: JAX's keys of each array; the first is the argument's number (or keyword), the others lead on inside it.
+
+    Example:
+        >>> import jax
+        >>> args = ({"params": {"blocks_0": {"kernel": 0}}}, 1, [2, {"k": 3}])
+        >>> argument_names([path for path, _ in jax.tree_util.tree_leaves_with_path(args)])
+        ['params/blocks_0/kernel', 'args[1]', 'args[2]/0', 'args[2]/1/k']
+
+        Of two arguments that hold the same path, both say which they are:
+
+        >>> argument_names([path for path, _ in jax.tree_util.tree_leaves_with_path(({"k": 0}, {"k": 1}))])
+        ['args[0]/k', 'args[1]/k']
+    """
+    read = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    inside = [read(path[1:]) for path in paths]
+    count = Counter(inside)
+    names = []
+    for path, name in zip(paths, inside, strict=True):
+        argument = f"args[{path[0].idx}]" if isinstance(path[0], jax.tree_util.SequenceKey) else read(path[:1])
+        numbered = len(path) > 1 and isinstance(path[1], jax.tree_util.SequenceKey)
+        alone = name and count[name] == 1 and not numbered
+        names.append(name if alone else f"{argument}/{name}" if name else argument)
+    return names

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from nexus_jax.program import called
+
 
 class WorkloadError(ValueError):
     """A workload that cannot be loaded, or does not return what it should."""
@@ -36,7 +38,7 @@ class Workload:
             raise WorkloadError(f"a workload is a function that returns (loss, arguments), not {type(fun).__name__}.")
         self.fun = fun
         self.settings = dict(settings or {})
-        self.name = name or _where(fun)
+        self.name = name or called(fun)
         self.parameters = inspect.signature(fun).parameters
         for given in self.settings:
             self.require(given)
@@ -55,7 +57,9 @@ class Workload:
             return self.settings[parameter]
         found = self.parameters[parameter].default if parameter in self.parameters else inspect.Parameter.empty
         if found is inspect.Parameter.empty:
-            raise WorkloadError(f"{self.name}: the parameter {parameter!r} has no default; write {parameter}=...")
+            raise WorkloadError(
+                f"{self.name}: the parameter {parameter!r} has no default; write {parameter}=... (--set)"
+            )
         return found
 
     def __call__(self, policy: Any = None, **sizes: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -64,6 +68,9 @@ class Workload:
         if policy is not None:
             self.require("policy")
             given["policy"] = policy
+        for name, parameter in self.parameters.items():
+            if name not in given and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                self.default(name)
         found = self.fun(**given)
         if not (isinstance(found, tuple) and len(found) == 2 and callable(found[0])):
             kinds = (
@@ -87,12 +94,6 @@ class Workload:
 
 def _is_module(x: Any) -> bool:
     return isinstance(x, nnx.Module)
-
-
-def _where(fun: Callable[..., Any]) -> str:
-    code = getattr(fun, "__code__", None)
-    name = getattr(fun, "__name__", type(fun).__name__)
-    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code else name
 
 
 def load(text: str, settings: Mapping[str, str] | None = None) -> Workload:
@@ -131,7 +132,7 @@ def _import(file: pathlib.Path) -> Any:
     sys.path.insert(0, str(file.parent.resolve()))  # its neighbours, as when it is run
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise WorkloadError(f"{file}: {described(error, file)}") from error
     finally:
         sys.path.pop(0)
@@ -139,11 +140,31 @@ def _import(file: pathlib.Path) -> Any:
 
 
 def described(error: BaseException, file: pathlib.Path | None = None) -> str:
-    """An exception in one sentence, with the line of ``file`` (or the innermost line) that raised it."""
+    """An exception in one sentence, with the line of ``file`` that led to it.
+
+    Errors that are meant for a user are sentences already; of others the first line is told, and their type.
+    """
     if isinstance(error, SyntaxError) and error.lineno:
         return f"line {error.lineno}: SyntaxError: {error.msg}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if file is not None and pathlib.Path(f.filename).resolve() == file.resolve()]
-    at = f"line {own[-1].lineno}: " if own else ""
-    message = str(error).strip().splitlines()
-    return f"{at}{type(error).__name__}: {message[0] if message else 'no message'}"
+    line = None if file is None else _line_of(error, file)
+    at = "" if line is None else f"line {line}: "
+    lines = str(error).strip().splitlines()
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{at}{error.filename}: {error.strerror}"
+    if isinstance(error, SystemExit):
+        return f"{at}it ended the program (exit status {error.code or 0})"
+    plain = type(error) in (ValueError, RuntimeError) or type(error).__module__.startswith("nexus_jax.")
+    if plain and lines:
+        return at + " ".join(str(error).split())
+    return f"{at}{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _line_of(error: BaseException | None, file: pathlib.Path) -> int | None:
+    """The innermost line of a file that an exception, or what it was made of, went through."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f.lineno for f in frames if pathlib.Path(f.filename).resolve() == file.resolve()]
+        if own:
+            return own[-1]
+        error = error.__cause__
+    return None

@@ -37,6 +37,16 @@ def test_a_corrupt_entry_is_a_warning_and_a_miss(tmp_path, content):
     assert cache.get("ab12") == {"bytes": {"temp": 1}}
 
 
+@pytest.mark.parametrize("content", [{}, {"bytes": 3}, {"bytes": {}}, {"bytes": {"temp": "1"}}, {"temp": 1}])
+def test_an_entry_that_holds_something_else_is_corrupt(tmp_path, content):
+    cache, kinds = caches.Cache(tmp_path), {"bytes": {"temp": int}}
+    cache.put("ab12", content)
+    with pytest.warns(UserWarning, match=r"not a cached result \(it holds something else\); compiling again"):
+        assert cache.get("ab12", kinds) is None
+    cache.put("ab12", {"bytes": {"temp": 1, "more": 2}})
+    assert cache.get("ab12", kinds) == {"bytes": {"temp": 1, "more": 2}}
+
+
 def test_a_corrupt_text_is_a_warning(tmp_path):
     cache = caches.Cache(tmp_path)
     cache.put("ab12", {}, {"hlo": "text"})

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import nexus_jax as nj
-from nexus_jax import cli
+from nexus_jax import _compat, cli
 
 WORK = """
 import flax.linen as nn, jax, jax.numpy as jnp
@@ -49,6 +49,39 @@ def integers():
 
 def breaks():
     return {}["key"]
+
+
+def ends():
+    raise SystemExit
+
+
+def silent():
+    raise ValueError
+
+
+def inside(policy="none"):
+    def loss(w):
+        if policy == "all":
+            raise RuntimeError("out of luck")
+        return jnp.sum(w)
+
+    return loss, (jax.ShapeDtypeStruct((3,), jnp.float32),)
+
+
+def branches(policy="none"):
+    return (lambda w: jnp.sum(w) if jnp.sum(w) > 0 else -jnp.sum(w)), (jax.ShapeDtypeStruct((3,), jnp.float32),)
+
+
+def two():
+    return (lambda w: (jnp.sum(w), w)), (jax.ShapeDtypeStruct((3,), jnp.float32),)
+
+
+def imaginary():
+    return (lambda w: 1j * jnp.sum(w)), (jax.ShapeDtypeStruct((3,), jnp.float32),)
+
+
+def sized(batch):
+    return step(batch=batch)
 """
 
 
@@ -153,7 +186,28 @@ def test_fit_finds_the_largest_batch(capsys):
         (("measure", "gone.py:step"), "gone.py: no such file"),
         (("measure", "work.py:vector"), r"must return a scalar loss of floating point, and returned float32[3]"),
         (("measure", "work.py:integers"), "argument 0 holds an array of int32, which has no gradient"),
-        (("measure", "work.py:breaks"), "KeyError: 'key'"),
+        (("measure", "work.py:breaks"), "work.py: line 37: KeyError: 'key'"),
+        (("measure", "work.py:ends"), "work.py: line 41: it ended the program (exit status 0)"),
+        (("measure", "ends.py:step"), "ends.py: line 1: it ended the program (exit status 3)"),
+        (("measure", "work.py:silent"), "work.py: line 45: ValueError: no message"),
+        (("compare", "work.py:inside"), "work.py: line 51: policy all: out of luck"),
+        (
+            ("compare", "work.py:branches"),
+            "work.py: line 58: TypeError: policy none: Attempted boolean conversion of traced array",
+        ),
+        (
+            ("measure", "work.py:two"),
+            "work.py:62) must return a scalar loss, and returned tuple. Return the loss alone",
+        ),
+        (("measure", "work.py:imaginary"), "must return a scalar loss of floating point, and returned complex64[]"),
+        (("measure", "work.py:sized"), "work.py:sized: the parameter 'batch' has no default; write batch=... (--set)"),
+        (("residuals", "work.py:vector"), "must return a scalar loss of floating point, and returned float32[3]"),
+        (("residuals", "work.py:integers"), "argument 0 holds an array of int32, which has no gradient"),
+        (("residuals", "work.py:step", "--target", "v9"), "target='v9' is unknown"),
+        (("doctor", "work.py:vector"), "must return a scalar loss of floating point, and returned float32[3]"),
+        (("measure", "work.py:step", "--policy", "gone.toml"), "gone.toml: No such file or directory"),
+        (("timeline", "work.py:step", "--out", "work.py"), "work.py: File exists"),
+        (("diff", "odd.json", "odd.json"), "not a report of `nexus-jax compare --json`"),
         (("measure", "work.py:integers", "--policy", "all"), "takes no parameter 'policy'"),
         (("measure", "work.py:step", "--target", "v9"), "v9"),
         (("measure", "work.py:step", "--target", "v5e:2xx2"), "v5e:2xx2"),
@@ -165,16 +219,50 @@ def test_fit_finds_the_largest_batch(capsys):
         (("targets", "v9"), "v9"),
     ],
 )
-def test_what_goes_wrong_is_one_line(capsys, argv, message):
+def test_what_goes_wrong_is_one_line(capsys, tmp_path, argv, message):
+    (tmp_path / "ends.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "odd.json").write_text('{"version": 1, "rows": [{"policy": "none"}]}')
     status, out, err = run(capsys, *argv)
     assert status == cli.FAILED and out == ""
     assert message in err and err.startswith("nexus-jax: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_table_is_not_lost_where_its_file_cannot_be_written(capsys):
+    status, out, err = run(capsys, "measure", "work.py:step", "--json", "gone/a.json")
+    assert (
+        status == cli.FAILED and "device bytes" in out and err == "nexus-jax: gone/a.json: No such file or directory\n"
+    )
+    status, out, err = run(capsys, "plan", "work.py:step", "--budget", "1GiB", "--out", "gone/p.toml")
+    assert status == cli.FAILED and "plan for local" in out and "gone/p.toml: No such file or directory" in err
+
+
+@pytest.mark.filterwarnings("always::UserWarning")
+@pytest.mark.parametrize("content", ["{}", "null", '{"bytes": {"temp": "x"}}', '{"out_of_memory": {}}', '{"flops"'])
+def test_a_corrupt_cache_costs_a_compile(capsys, tmp_path, content):
+    measured = lambda out: json.loads(out)["rows"][0]["measured"]["local"]["device_bytes"]
+    status, before, _ = run(capsys, "measure", "work.py:step", "--json")
+    for path in (tmp_path / "cache").glob("*/*/result.json"):
+        path.write_text(content)
+    status, out, err = run(capsys, "measure", "work.py:step", "--json")
+    assert status == 0 and measured(out) == measured(before) and err.count("compiling again") == 2
+    assert run(capsys, "measure", "work.py:step", "--json")[2] == "", "it was replaced"
+
+
+@pytest.mark.filterwarnings("always::UserWarning")
+def test_a_cache_that_cannot_be_written_costs_a_warning(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NEXUS_JAX_CACHE", str(tmp_path / "file"))
+    status, out, err = run(capsys, "measure", "work.py:step")
+    assert status == 0 and "device bytes" in out
+    assert "cannot be written" in err and "Set NEXUS_JAX_CACHE" in err and "Traceback" not in err
 
 
 def test_bad_flags(capsys):
     for argv, message in (
         (("measure", "work.py:step", "--max-device-bytes", "much"), "'much' is no size: write 15GiB"),
         (("measure", "work.py:step", "--set", "batch"), "'batch' is no setting: write name=value"),
+        (("measure", "work.py:step", "--timeout", "-1"), "'-1' is no time: write a number of seconds above 0"),
+        (("measure", "work.py:step", "--timeout", "nan"), "'nan' is no time"),
     ):
         with pytest.raises(SystemExit, match="2"):
             cli.main(argv)
@@ -192,6 +280,34 @@ def test_it_runs_as_a_module_from_another_folder():
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"][0]["measured"]["local"]["device_bytes"] > 0
+
+
+def local(tmp_path, **extra):
+    """``nexus-jax measure`` of the local device in a process that JAX is free to look for devices in."""
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | extra
+    argv = [sys.executable, "-m", "nexus_jax.cli", "measure", "work.py:step", "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and json.loads(done.stdout)["rows"][0]["measured"]["local"]["device_bytes"] > 0
+    return done.stderr
+
+
+def test_the_local_device_without_an_accelerator(tmp_path):
+    """Also where the compilers of TPUs and GPUs are installed, which are plugins of JAX."""
+    if not _compat.no_accelerator():
+        pytest.skip("there is an accelerator here")
+    assert local(tmp_path) == ""
+
+
+def test_a_plugin_that_does_not_start_is_one_line(tmp_path):
+    plugin = tmp_path / "plugins" / "jax_plugins" / "of_a_test"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").write_text("def initialize():\n    raise RuntimeError('no such device')\n")
+    err = local(
+        tmp_path, PYTHONPATH=os.pathsep.join([str(plugin.parents[1]), *filter(None, [os.getenv("PYTHONPATH")])])
+    )
+    lines = [line for line in err.splitlines() if line.startswith("nexus-jax:")]
+    assert len(lines) == 1 + _compat.has_compiler("gpu") and "Traceback" not in err, err
+    assert any("of_a_test.initialize(): RuntimeError no such device" in line for line in lines)
 
 
 def test_what_a_library_prints_is_not_in_the_output(capfd):

@@ -34,9 +34,27 @@ def test_private_names_are_where_they_were():
         nn.Module: [_compat.LINEN_CALL],
         nnx.Variable: ["_can_update", "get_raw_value", "get_value", "set_value"],
         jax: ["make_user_context"],
+        _compat.hardware_utils: ["num_available_tpu_chips_and_device_id", "has_visible_nvidia_gpu"],
+        _compat.partial_eval: ["convert_constvars_jaxpr", "dce_jaxpr_consts"],
     }.items():
         for name in names:
             assert hasattr(owner, name), f"{owner.__name__ if hasattr(owner, '__name__') else owner}.{name} moved"
+
+
+def test_an_argument_that_no_result_depends_on_is_not_compiled():
+    def f(a, unused, b):
+        jnp.sin(unused)
+        return a * 2, b
+
+    traced = jax.jit(f).trace(1.0, jnp.ones(3), 2.0)
+    assert _compat.kept_inputs(traced.jaxpr.jaxpr) == [True, False, True]
+    assert "tensor<3xf32>" not in traced.lower().as_text()
+
+
+def test_what_jax_says_of_a_plugin_is_said_by_the_logger_we_know():
+    from jax._src import xla_bridge
+
+    assert xla_bridge.logger.name == _compat.PLUGIN_LOGGER
 
 
 def test_lifted_classes_are_told_by_name():

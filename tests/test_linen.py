@@ -322,6 +322,31 @@ def test_look_ahead_without_init():
     assert_close(jax.grad(lambda p: total(Compact().apply(p, X)))(variables), grads)
 
 
+def test_one_look_ahead_serves_every_policy():
+    """A call is looked at once, whatever the policies; CUSTOM asks every module itself, and another call has others."""
+    variables, calls, asked = Compact().init(jax.random.key(0), X), [], []
+
+    class Fresh(Compact):
+        @nn.compact
+        def __call__(self, x):
+            calls.append(x.shape)
+            return super().__call__(x)
+
+    def boundaries(policy, x=X):
+        ours = nj.apply_selective_checkpointing(Fresh(), policy)
+        jax.eval_shape(jax.grad(lambda p: total(ours.apply(p, x))), variables)
+        return nj.policy_of(ours).selection.boundaries
+
+    custom = nj.SelectiveCheckpointConfig(
+        policy="custom", custom_policy=lambda m: bool(asked.append(m.name)) or m.name == "MLP_1"
+    )
+    assert boundaries(custom) == {("MLP_1",)} and len(calls) == 2 and asked
+    assert boundaries("alternate") == {("MLP_0",), ("MLP_2",)} and len(calls) == 4, "what CUSTOM chose is its own"
+    assert len(boundaries("all")) > 2 and len(calls) == 5
+    boundaries("matmuls", X[:1])
+    assert len(calls) == 7
+
+
 def test_look_ahead_keeps_random_streams_and_state():
     model = State()
 

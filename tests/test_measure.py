@@ -113,9 +113,32 @@ def test_out_of_memory_is_an_answer():
     m = nj.measure(lambda w: jnp.sum(jnp.tanh(w) ** 2), big, target="v5e")
     assert m.fits is False and m.device_bytes > m.limit_bytes and "exceeds available HBM" in m.message
     assert m.device_bytes >= 2 * 4 * 60_000**2, "an argument and its gradient"
-    assert nj.measure(lambda w: jnp.sum(jnp.tanh(w) ** 2), big, target="v5e").cached
-    with pytest.raises(ValueError, match="no schedule: the step ran out of memory on v5e"):
+    again = nj.measure(lambda w: jnp.sum(jnp.tanh(w) ** 2), big, target="v5e")
+    assert again.cached
+    t = again.timeline()
+    assert t.reserved == pytest.approx(m.device_bytes, abs=0.01 * 2**30), "libtpu says hundredths of a GiB"
+    assert [(b.kind, b.bytes) for b in t.at_peak[:2]] == [
+        ("argument", t.device.arguments),
+        ("output", t.at_peak[1].bytes),
+    ]
+    assert t.at_peak[0].path == "args[0]"
+
+
+def test_a_compiler_that_writes_no_schedule():
+    answers = dict(device_bytes=3, host_bytes=0, limit_bytes=2, flops=0, message="too much", seconds=0.0, cached=True)
+    parts = ("temp_bytes", "argument_bytes", "output_bytes", "alias_bytes", "host_temp_bytes")
+    m = nj.Measurement(target="v5e", **answers, **dict.fromkeys(parts), texts=lambda name: None, parameters=list)
+    with pytest.raises(ValueError, match=r"the compiler of v5e wrote no schedule .*predict_peak.* too much"):
         m.timeline()
+
+
+def test_a_text_that_is_corrupt_is_made_again(tmp_path):
+    loss, args = gpt("all")
+    peak = nj.measure(loss, *args).timeline().peak_bytes
+    [text] = (tmp_path / "cache").glob("*/*/hlo.gz")
+    text.write_bytes(b"no gzip")
+    with pytest.warns(UserWarning, match="hlo.gz: not a compressed text"):
+        assert nj.measure(loss, *args).timeline().peak_bytes == peak
 
 
 def test_a_slice_with_the_arguments_own_mesh():

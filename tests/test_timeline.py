@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import SingleDeviceSharding
-from models import GPT, ScannedGPT, linen_loss
+from models import GPT, NNXGPT, ScannedGPT, linen_loss, loss_of
 
 import nexus_jax as nj
 from nexus_jax import _compat, timeline
@@ -142,8 +143,38 @@ def test_measure_gives_the_same(by_hand, tmp_path, monkeypatch):
     t = m.timeline()
     assert t.device_bytes == m.device_bytes and t.device.temporaries == m.temp_bytes
     assert t.peak_bytes == by_hand("local", "gpt", "all")[0].peak_bytes
-    argument = next(b for b in t.buffers if b.kind == "argument" and b.shape == "f32[512,256]")
-    assert argument.path.startswith("GPT"), "numbered arguments are named by the module that reads them"
+    argument = {b.path for b in t.buffers if b.kind == "argument" and b.shape == "f32[512,256]"}
+    assert argument == {"params/embed/embedding", "params/pos"}
+
+
+@pytest.mark.parametrize("target", (None, "v5e", "h200"))
+def test_arguments_are_named_by_their_place_in_the_call(target, tmp_path, monkeypatch):
+    if target and not _compat.has_compiler(KINDS[target]):
+        pytest.skip(f"no compiler for {target}: {_compat.install_line(KINDS[target])}")
+    monkeypatch.setenv("NEXUS_JAX_CACHE", str(tmp_path))
+    table = jnp.arange(64.0)  # closed over: JAX may make it an argument of its own
+
+    def loss(weights, unused, x, more):
+        return jnp.sum(jnp.tanh(x @ weights["w"]["kernel"]) * weights["b"] * table * more[1]["k"]) + 0 * jnp.sum(unused)
+
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    weights = {"b": f32(64), "not_read": f32(3, 5), "w": {"kernel": f32(32, 64)}}
+    args = (weights, jax.ShapeDtypeStruct((7,), jnp.int32), f32(16, 32), [True, {"k": f32()}])
+    t = nj.measure(loss, *args, target=target).timeline()
+    found = {b.path: b.shape for b in t.buffers if b.kind == "argument" and b.path != "constant"}
+    assert {k: v for k, v in found.items() if v != "s32[7]"} == {
+        "b": "f32[64]", "w/kernel": "f32[32,64]", "args[2]": "f32[16,32]", "args[3]/1/k": "f32[]"
+    }  # fmt: skip
+    assert "fun()" not in {b.path for b in t.buffers} | {p.path for p in t.points}
+
+
+def test_the_arguments_of_an_nnx_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEXUS_JAX_CACHE", str(tmp_path))
+    tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    model = nnx.eval_shape(lambda: NNXGPT(rngs=nnx.Rngs(0)))
+    t = nj.measure(lambda m, t: loss_of(m(t), t), model, tokens).timeline()
+    named = {b.path for b in t.buffers if b.kind == "argument"}
+    assert {"blocks/0/attn/q/kernel", "args[1]"} < named
 
 
 def test_a_step_that_does_not_fit_sums_to_what_the_compiler_refuses(tmp_path):
@@ -347,6 +378,24 @@ def test_collectives_made_one_are_named_by_the_first():
     )
     [buffer] = timeline.parse(**made).buffers
     assert (buffer.path, buffer.op, buffer.phase) == ("layer_0", "tanh", "forward")
+
+
+def test_instructions_made_one_are_named_by_the_first():
+    scope = "jit(f)/jit(step)/transpose(jvp(layer_0))/mul;jit(step)/jvp(layer_1)/broadcast_in_dim"
+    line = f'  %a = f32[4]{{0}} multiply(%x), metadata={{op_name="{scope}"}}'
+    made = texts(
+        [("size 16, preallocated-temp", ["a @0> (size=16,offset=0): f32[4]{0}"])], ["x", "a"], {"a{}": (1, 1)}, [line]
+    )
+    [buffer] = timeline.parse(**made).buffers
+    assert (buffer.path, buffer.op, buffer.phase) == ("layer_0", "mul", "backward")
+
+
+def test_constants_that_became_arguments_come_first():
+    assert [b.path for b in timeline.parse(**GOOD, arguments=["w"]).buffers if b.kind == "argument"] == ["w"]
+    two = {**GOOD, "buffer_assignment": GOOD["buffer_assignment"].replace("parameter 0", "parameter 1")}
+    assert [b.path for b in timeline.parse(**two, arguments=["w"]).buffers if b.kind == "argument"] == ["w"]
+    with pytest.raises(ValueError, match="of a program with 1 arguments, and not with 2"):
+        timeline.parse(**GOOD, arguments=["w", "x"])
 
 
 @st.composite

@@ -206,6 +206,10 @@ class _Open:
         self.plan = plan
         self.seen: dict[Path, ModuleNode | None] = {}
 
+    def found(self) -> dict[Path, ModuleNode]:
+        """The modules that were met."""
+        return {path: node for path, node in self.seen.items() if node is not None}
+
     def is_top(self) -> bool:
         return bool(_stack()) and _stack()[-1] is self
 
@@ -329,28 +333,36 @@ def _opened(root: nn.Module, method: str, args: Any, kwargs: Any, policy: Policy
         look = _Open(root, None)
         with _running(look, ("look", next(_Plan.numbers))):
             yield
-        _remember(key, root, policy, look)
+        _remember(key, root, policy, look.found())
         return
     if key not in _PLANS:
-        _remember(key, root, policy, _look_ahead(root, method, args, kwargs))
+        _remember(key, root, policy, _look_ahead(root, method, args, kwargs, policy))
     plan = _PLANS[key]
     _LATEST[type(root)] = plan
     with _running(_Open(root, plan), (plan.number, plan.inside(()))):
         yield
 
 
-def _remember(key: Any, root: nn.Module, policy: Policy, look: _Open) -> None:
-    nodes = {path: node for path, node in look.seen.items() if node is not None}
+def _remember(key: Any, root: nn.Module, policy: Policy, nodes: dict[Path, ModuleNode]) -> None:
     if len(_PLANS) >= 256:
         _PLANS.pop(next(iter(_PLANS)))
     _PLANS[key] = _LATEST[type(root)] = _Plan(policy, nodes)
 
 
-def _look_ahead(root: nn.Module, method: str, args: Any, kwargs: Any) -> _Open:
-    """Meet the modules of a call by tracing it abstractly; costs one forward trace, once per model."""
+_LOOKS: dict[Any, dict[Path, ModuleNode]] = {}
+
+
+def _look_ahead(root: nn.Module, method: str, args: Any, kwargs: Any, policy: Policy) -> dict[Path, ModuleNode]:
+    """Meet the modules of a call by tracing it abstractly; costs one forward trace, once per model.
+
+    The same call under another policy meets the same modules, unless that asks something of each.
+    """
     unbound, variables = root.unbind()
-    rngs = {name: jax.random.key(0) for name in root.scope.rngs}
     arrays, rebuild = split((variables, args, kwargs))
+    key = _look_key(root, policy, method, arrays, rebuild)
+    if key in _LOOKS:
+        return dict(_LOOKS[key])
+    rngs = {name: jax.random.key(0) for name in root.scope.rngs}
     look = _Open(root, None)
     look.prefix = ()
 
@@ -361,7 +373,24 @@ def _look_ahead(root: nn.Module, method: str, args: Any, kwargs: Any) -> _Open:
 
     with _running(look, ("look", next(_Plan.numbers))):
         jax.eval_shape(forward, *arrays)
-    return look
+    found = look.found()
+    if key is not None:
+        if len(_LOOKS) >= 64:
+            _LOOKS.pop(next(iter(_LOOKS)))
+        _LOOKS[key] = dict(found)
+    return found
+
+
+def _look_key(root: nn.Module, policy: Policy, method: str, arrays: list[Any], rebuild: Any) -> Any:
+    """What the modules of a call depend on; None for a call that can be told from no other."""
+    types = tuple((x.shape, x.dtype) for x in arrays)
+    fields = _key(root, policy)[-1]
+    key = (base_of(type(root)), fields, method, rebuild, types, tuple(root.scope.rngs), str(root.scope.mutable))
+    try:
+        hash(key)
+    except TypeError:  # a flag that cannot be hashed
+        return None
+    return None if any(rule.where is not None for rule in policy.checkpoint) else key
 
 
 # --- running things at a boundary ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import optimize, sparse
+import scipy
 
 _DOUBT = 1e-6  # of the bound: the solver's tolerance
 
@@ -32,15 +32,15 @@ def bound(cuts: int, edges: Sequence[Any], budget: int) -> float:
     kept, working, ticks = column("kept"), column("working"), column("ticks")
     start, stop = (np.repeat([getattr(e, name) for e in edges], counts) for name in ("start", "stop"))
     n, unit, scale = len(ticks), max(budget, 1) / 1e3, max(ticks.max(initial=0.0), 1.0) / 1e3
-    flow = sparse.coo_array(
+    flow = scipy.sparse.coo_array(
         (np.repeat([1.0, -1.0], n), (np.concatenate([start, stop]), np.tile(np.arange(n), 2))), (cuts, n)
     ).tocsr()[:-1]
-    into = lambda values: sparse.coo_array((values / unit, (stop - 1, np.arange(n))), (cuts - 1, n))
-    step = sparse.diags_array([np.ones(cuts - 1), -np.ones(cuts - 2)], offsets=(0, -1))  # type: ignore[arg-type]
-    equal = sparse.block_array([[flow, None], [-into(kept), step]])
-    answer = optimize.linprog(
+    into = lambda values: scipy.sparse.coo_array((values / unit, (stop - 1, np.arange(n))), (cuts - 1, n))
+    step = scipy.sparse.diags_array([np.ones(cuts - 1), -np.ones(cuts - 2)], offsets=(0, -1))  # type: ignore[arg-type]
+    equal = scipy.sparse.block_array([[flow, None], [-into(kept), step]])
+    answer = scipy.optimize.linprog(
         np.concatenate([ticks / scale, np.zeros(cuts - 1)]),
-        A_ub=sparse.hstack([into(working), sparse.eye_array(cuts - 1)]),
+        A_ub=scipy.sparse.hstack([into(working), scipy.sparse.eye_array(cuts - 1)]),
         b_ub=np.full(cuts - 1, budget / unit),
         A_eq=equal,
         b_eq=np.concatenate([[1.0], np.zeros(cuts - 2), np.zeros(cuts - 1)]),

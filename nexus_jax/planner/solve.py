@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import optimize, sparse
+import scipy
 
 from nexus_jax.planner.graph import GIGA, CannotRecompute, Choice, Graph, Price, price
 
@@ -364,7 +364,7 @@ class Model:
             found.append(self.op_at[op])
         return found
 
-    def _matrix(self) -> sparse.csr_array | None:
+    def _matrix(self) -> scipy.sparse.csr_array | None:
         """Rows that must be at least 1 (the needed), then rows that must be at least 0; None if one cannot be."""
         rows: list[tuple[list[int], int | None]] = []
         for value in sorted(self.graph.needed - self.graph.free):
@@ -386,7 +386,7 @@ class Model:
                 at.append(r)
                 columns.append(user)
         self.rows = len(rows)
-        return sparse.csr_array((data, (at, columns)), shape=(len(rows), self.count))
+        return scipy.sparse.csr_array((data, (at, columns)), shape=(len(rows), self.count))
 
     def solve(self, device: int, host: int, deadline: float) -> Choice | None:
         """What HiGHS answers, rounded; within the limits but for its tolerance. None if nothing fits."""
@@ -402,7 +402,7 @@ class Model:
         row = np.zeros(self.count)
         for v, k in at.items():
             row[k] = self.graph.sizes[v] // self.unit / self.heavy
-        return [optimize.LinearConstraint(row[None], -np.inf, limit // self.unit / self.heavy)] if at else []
+        return [scipy.optimize.LinearConstraint(row[None], -np.inf, limit // self.unit / self.heavy)] if at else []
 
     def _late(self) -> list[Any]:
         """What of each way's copies is not hidden is late."""
@@ -415,7 +415,7 @@ class Model:
                 row[at] = self.graph.sizes[v] * a_byte / GIGA / self.scale
             row[self.late_at + k] = -1
             room = hidden - self.link.already * a_byte / GIGA
-            found.append(optimize.LinearConstraint(row[None], -np.inf, room / self.scale))
+            found.append(scipy.optimize.LinearConstraint(row[None], -np.inf, room / self.scale))
         return found
 
     def cheapest(self, a_tick: int, a_byte: int, deadline: float) -> Choice | None:
@@ -431,7 +431,7 @@ class Model:
 
     def _rows(self) -> Any:
         lower = np.concatenate([np.ones(self.ones), np.zeros(self.rows - self.ones)])
-        return optimize.LinearConstraint(self.matrix, lower, np.inf)  # type: ignore[arg-type]
+        return scipy.optimize.LinearConstraint(self.matrix, lower, np.inf)  # type: ignore[arg-type]
 
     def _answer(self, costs: np.ndarray, constraints: list[Any], deadline: float) -> Choice | None:
         left = deadline - time.monotonic()
@@ -442,11 +442,11 @@ class Model:
         whole[: len(self.values) + len(self.move_at)] = 1
         most = np.ones(self.count)
         most[self.late_at :] = np.inf
-        answer = optimize.milp(
+        answer = scipy.optimize.milp(
             costs,
             constraints=[*constraints, *self._late()],
             integrality=whole,
-            bounds=optimize.Bounds(0, most),  # type: ignore[arg-type]
+            bounds=scipy.optimize.Bounds(0, most),  # type: ignore[arg-type]
             options=options,
         )
         if answer.status == 1:

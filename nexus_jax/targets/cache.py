@@ -48,13 +48,17 @@ class Cache:
     def _entry(self, key: str) -> pathlib.Path:
         return self.root / key[:2] / key
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """What was put under ``key``, or None."""
+    def get(self, key: str, kinds: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """What was put under ``key``, or None.
+
+        Args:
+            kinds: what a result must hold, ``{"flops": int, "bytes": {"temp": int}}``; one that does not is corrupt.
+        """
         path = self._entry(key) / "result.json"
         try:
             found = json.loads(path.read_text())
-            if not isinstance(found, dict):
-                raise ValueError(f"{type(found).__name__} instead of an object")
+            if not _is_like(found, kinds or {}):
+                raise ValueError("it holds something else")
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -115,3 +119,9 @@ class Cache:
                 return
             shutil.rmtree(entry, ignore_errors=True)
             total -= size
+
+
+def _is_like(found: Any, kinds: Any) -> bool:
+    if not isinstance(kinds, Mapping):
+        return isinstance(found, kinds)
+    return isinstance(found, Mapping) and all(k in found and _is_like(found[k], kind) for k, kind in kinds.items())

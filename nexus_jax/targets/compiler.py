@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -27,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nexus_jax import _compat
 from nexus_jax.targets import cache as caches
 from nexus_jax.targets.sheets import Sheet, gpu_target_config, parse_target
-from nexus_jax.targets.worker import TEXTS, bytes_of, dump_options, failure, keep_texts
+from nexus_jax.targets.worker import BYTES, TEXTS, bytes_of, dump_options, failure, keep_texts
 
 TIMEOUT = 1800.0  # seconds for one program; GPT-3 175B on 64 chips takes 30
 
@@ -161,7 +162,10 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What became of a job: bytes, or out of memory. ``text`` gives the compiler's own, compiling again if it must."""
+    """What became of a job: bytes, or out of memory.
+
+    ``text`` gives the compiler's own, compiling again if it must; None where the compiler wrote none.
+    """
 
     bytes: dict[str, int] | None
     out_of_memory: dict[str, Any] | None
@@ -171,7 +175,12 @@ class Answer:
 
 
 def compile_all(
-    jobs: Sequence[Job], *, timeout: float = TIMEOUT, workers: int | None = None, progress: bool | None = None
+    jobs: Sequence[Job],
+    *,
+    timeout: float = TIMEOUT,
+    workers: int | None = None,
+    progress: bool | None = None,
+    fresh: bool = False,
 ) -> list[Answer]:
     """Compile every job, or read its answer from the cache; in the order of ``jobs``.
 
@@ -179,6 +188,7 @@ def compile_all(
         timeout: seconds for one program.
         workers: how many processes at a time; one for each core (a compiler uses one, and up to 2 GB), at most 8.
         progress: whether to show a bar on standard error; by default in a terminal.
+        fresh: compile whatever the cache has, and replace it.
 
     Raises:
         CompileError: a program that does not compile: the compiler's message, shortened, with the job's label.
@@ -187,8 +197,8 @@ def compile_all(
     answers: dict[str, Answer] = {}
     todo: dict[str, Job] = {}
     for job in jobs:
-        found = cache.get(job.key)
-        if found is not None and _suffices(found, job, cache):
+        found = None if fresh else _kept(job, cache)
+        if found is not None:
             answers[job.key] = _answer(job, found, None, timeout, cached=True)
         else:
             job.target.require_compiler()
@@ -214,20 +224,27 @@ def compile_all(
     return [answers[job.key] for job in jobs]
 
 
-def _suffices(found: dict[str, Any], job: Job, cache: caches.Cache) -> bool:
-    has_texts = all(cache.has_text(job.key, name) for name in TEXTS.values())
-    return "out_of_memory" in found or ("bytes" in found and (has_texts or not job.texts))
+def _kept(job: Job, cache: caches.Cache) -> dict[str, Any] | None:
+    """What the cache answers, if that is enough."""
+    found = cache.get(job.key)
+    if found is None or (job.texts and not all(cache.has_text(job.key, name) for name in TEXTS.values())):
+        return None
+    return cache.get(job.key, _OUT_OF_MEMORY if "out_of_memory" in found else _FITS)
+
+
+_FITS = {"bytes": dict.fromkeys(BYTES, int)}
+_OUT_OF_MEMORY = {"out_of_memory": {"wanted": int, "limit": int, "message": str}}
 
 
 def _answer(job: Job, result: dict[str, Any], texts: dict[str, str] | None, timeout: float, cached: bool) -> Answer:
+    @functools.cache
+    def again() -> Answer:
+        return compile_all([dataclasses.replace(job, texts=True)], timeout=timeout, fresh=True)[0]
+
     def text(name: str) -> str | None:
-        if "bytes" not in result:
-            return None
         found = (texts or {}).get(name) or caches.Cache().text(job.key, name)
-        if found is None and not job.texts:
-            [again] = compile_all([dataclasses.replace(job, texts=True)], timeout=timeout)
-            found = again.text(name)
-        return found
+        asked = job.texts and not cached  # then there is no more to be had
+        return found if found is not None or asked else again().text(name)
 
     return Answer(
         bytes=result.get("bytes"),
@@ -277,9 +294,10 @@ def _compile_here(job: Job, lowered: Any, folder: pathlib.Path, timeout: float) 
     options = {**dict(job.compiler_options), **(dump_options(folder / "dump") if job.texts else {})}
     try:
         result: dict[str, Any] = {"bytes": bytes_of(lowered.compile(compiler_options=options))}
-        keep_texts(folder / "dump", folder)
     except jax.errors.JaxRuntimeError as error:
         result = failure(error)
+    finally:
+        keep_texts(folder / "dump", folder)
     return {**result, "seconds": time.perf_counter() - start}
 
 

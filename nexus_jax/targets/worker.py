@@ -19,6 +19,7 @@ TEXTS = {
     "after_optimizations-live-range.txt": "live_range",
     "after_optimizations.txt": "hlo",
 }
+BYTES = ("argument", "output", "alias", "temp", "host_argument", "host_output", "host_alias", "host_temp")
 _SIZE = r"([\d.]+)([KMGT]?)"
 # libtpu says the first before it assigns buffers, the second after.
 _WANTED = (
@@ -70,9 +71,10 @@ def compile_job(job: dict[str, Any], program: bytes, folder: pathlib.Path) -> di
     dump = folder / "dump"
     options = {**job["compiler_options"], **(dump_options(dump) if job["texts"] else {})}
     lowered = jax.jit(lambda *xs: exported.call(*xs)).lower(*arguments)
-    compiled = lowered.compile(compiler_options=options)
-    keep_texts(dump, folder)
-    return bytes_of(compiled)
+    try:
+        return bytes_of(lowered.compile(compiler_options=options))
+    finally:
+        keep_texts(dump, folder)  # libtpu lays the buffers out, writes that down, and then refuses
 
 
 def dump_options(folder: pathlib.Path) -> dict[str, Any]:
@@ -83,11 +85,7 @@ def dump_options(folder: pathlib.Path) -> dict[str, Any]:
 def bytes_of(compiled: Any) -> dict[str, int]:
     """The compiler's own account of a program, in bytes."""
     found = compiled.memory_analysis()
-    fields = ("argument", "output", "alias", "temp")
-    return {
-        **{f: getattr(found, f"{f}_size_in_bytes") for f in fields},
-        **{f"host_{f}": getattr(found, f"host_{f}_size_in_bytes") for f in fields},
-    }
+    return {field: getattr(found, f"{field}_size_in_bytes") for field in BYTES}
 
 
 def _devices(target: dict[str, Any]) -> list[Any]:

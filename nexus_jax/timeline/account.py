@@ -16,13 +16,14 @@ from nexus_jax.timeline.names import Names, Origin
 from nexus_jax.timeline.texts import HOST, Allocation, Key, Schedule, Value
 
 
-def parse(*, buffer_assignment: str, live_range: str, hlo: str) -> Timeline:
+def parse(*, buffer_assignment: str, live_range: str, hlo: str, arguments: Sequence[str] = ()) -> Timeline:
     """A compiled step over time, from the three texts that XLA writes with ``xla_dump_to``.
 
     Args:
         buffer_assignment: ``*after_optimizations-buffer-assignment.txt``.
         live_range: ``*after_optimizations-live-range.txt``.
         hlo: ``*after_optimizations.txt``.
+        arguments: what to call the program's arguments, in order; by the names in the texts where it is empty.
 
     Raises:
         ValueError: one of them is something else, is cut short, or belongs to another program; says which.
@@ -65,11 +66,12 @@ def parse(*, buffer_assignment: str, live_range: str, hlo: str) -> Timeline:
     _check(buffer_assignment, found, plan, names)
     on_device, on_host = _memories(found)
     phases = _phases(plan, names)
-    buffers = _buffers(on_device, plan, names, phases, "device")
+    called = _called(found, arguments)
+    buffers = _buffers(on_device, plan, names, phases, "device", called)
     return Timeline(
         points=_points(_in_use(on_device, plan), plan, names, phases),
         buffers=buffers,
-        host_buffers=_buffers(on_host, plan, names, phases, "host"),
+        host_buffers=_buffers(on_host, plan, names, phases, "host", called),
         device=_sums(on_device),
         host=_sums(on_host),
         on_chip=sum(a.bytes for a in found if a.color not in (0, HOST)) if _is_tpu(found) else 0,
@@ -89,6 +91,16 @@ def _check(text: str, found: Sequence[Allocation], plan: Schedule, names: Names)
                 raise ValueError(f"live ranges: none for {v.key[0]}{{{v.key[1]}}}, which the buffer assignment places.")
     if not any(name in names.instructions for name in plan.order):
         raise ValueError("the compiled program has none of the scheduled instructions: the texts are of two programs.")
+
+
+def _called(found: Sequence[Allocation], arguments: Sequence[str]) -> dict[int, str]:
+    """The arguments' names by number; JAX puts constants that it takes out of the program before them."""
+    if not arguments:
+        return {}
+    count = 1 + max((a.parameter for a in found if a.parameter is not None), default=-1)
+    if count < len(arguments):
+        raise ValueError(f"buffer assignment: of a program with {count} arguments, and not with {len(arguments)}.")
+    return dict(enumerate(("constant",) * (count - len(arguments)) + tuple(arguments)))
 
 
 def _memories(found: Sequence[Allocation]) -> tuple[list[Allocation], list[Allocation]]:
@@ -182,6 +194,7 @@ def _buffers(
     names: Names,
     phases: Sequence[Phase],
     place: Literal["device", "host"],
+    called: dict[int, str],
 ) -> tuple[Buffer, ...]:
     buffers = []
     for a in found:
@@ -189,8 +202,8 @@ def _buffers(
             continue
         if a.kind in ("argument", "constant"):
             v = next((v for v in a.values if not v.phi), a.values[0])
-            origin = names.origin(*v.key)
-            origin = Origin(origin.path, a.kind, None)
+            path = called.get(-1 if a.parameter is None else a.parameter) or names.origin(*v.key).path
+            origin = Origin(path, a.kind, None)
             buffers.append(_buffer(a, v, origin, place, (0, len(plan.order) - 1), a.kind))
             continue
         values = sorted(a.values, key=lambda v: plan.live[v.key])

@@ -43,7 +43,8 @@ class Buffer:
     Attributes:
         bytes: as allocated, with the padding of the layout.
         shape: ``"bf16[8,512]"``.
-        path: the module that made it; of an argument, its place in the call, or the first module that reads it.
+        path: the module that made it; of an argument, its place in the call, ``"params/blocks_0/attn/kernel"``, or, in
+            texts of a program whose arguments are numbered only, the first module that reads it.
         op: what made it; ``"argument"`` for an argument.
         phase: when it was made; None for what was there before the step.
         kind: argument, output, temporary (though it be in an output's memory, before that is written) or constant.

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections import defaultdict
 
-from nexus_jax.scopes import Phase, module_path, phase
+from nexus_jax.scopes import STEP, Phase, module_path, phase
 
 # Instructions that hand on what they are given, perhaps elsewhere or in another layout: named by what they hand on.
 # (Calls without a name are the TPU compiler's own, such as ConcatBitcast.)
@@ -210,8 +210,8 @@ def _module(scope: str) -> str:
 
 def _function(scope: str) -> str:
     """The innermost function that was jitted by itself, for what is in no module: ``"log_softmax()"``."""
-    found = re.findall(r"\bp?jit\(([^()]*)\)", scope)
-    return f"{found[-1]}()" if len(found) > 1 else ""
+    found = re.findall(r"\bp?jit\(([^()]*)\)", scope)[1:]
+    return f"{found[-1]}()" if found and found[-1] != STEP else ""
 
 
 # --- the text ------------------------------------------------------------------------------------------------------
@@ -220,6 +220,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\((.*?)(?:\),|\)$)")  # after the type, which may hold brackets of all kinds
 _SCOPE = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+_JOINED = re.compile(r";\w+\(.*$")  # of instructions made one: "jit(f)/a/mul;jit(f)/b/broadcast_in_dim"; likewise
 _MERGED = re.compile(r"(?<=/)\(([^:]*):.*\)$")  # of collectives made one: "jit(f)/(a/tanh:b/mul)"; named by the first
 _CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
 _LOOP = re.compile(r"\b(?:body|condition)=%?([\w.\-]+)")
@@ -232,7 +233,7 @@ def _instruction(name: str, rest: str, computation: str) -> Instruction:
     return Instruction(
         name=name,
         opcode=found[1] if found else "",
-        scope=_MERGED.sub(r"\1", re.sub(r"\\(.)", r"\1", scope[1])) if scope else "",
+        scope=_MERGED.sub(r"\1", _JOINED.sub("", re.sub(r"\\(.)", r"\1", scope[1]))) if scope else "",
         operands=tuple(re.findall(r"%([\w.\-]+)", found[2])) if found else (),
         calls=calls[1] if calls else "",
         computation=computation,
