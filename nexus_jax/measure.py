@@ -10,6 +10,7 @@ from typing import Any
 from nexus_jax import flops, report
 from nexus_jax.program import Program, step_of
 from nexus_jax.targets.compiler import TIMEOUT, Answer, Target, compile_all, find_target
+from nexus_jax.targets.host import host_limit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,11 @@ class Measurement:
         temp_bytes, argument_bytes, output_bytes, alias_bytes: the parts, as the compiler gives them; None when it ran out.
         host_temp_bytes: temporaries in host memory; None when it ran out.
         limit_bytes: what a program may take on the target; None where that is not known (a local CPU).
-        fits: whether ``device_bytes`` are within it; None where the limit is not known.
+        host_limit_bytes: what its host has for one device, by its data sheet or of this machine, and no more than a GPU's pool
+            of pinned memory allows; None where that is not known, and on a CPU, which has no memory apart from the host's.
+        fits: whether ``device_bytes`` and ``host_bytes`` are within them; None where the device's limit is not known.
         flops: of the whole step on all devices, loops multiplied out; see :mod:`nexus_jax.flops`.
-        message: what the compiler said when it ran out of memory, else empty.
+        message: what the compiler said when it ran out of memory, or that the host is too small; else empty.
         seconds: how long the compiler took; ``cached`` says whether it did now or earlier.
     """
 
@@ -38,6 +41,7 @@ class Measurement:
     alias_bytes: int | None
     host_temp_bytes: int | None
     limit_bytes: int | None
+    host_limit_bytes: int | None
     flops: int
     message: str
     seconds: float = dataclasses.field(compare=False)
@@ -47,6 +51,8 @@ class Measurement:
 
     @property
     def fits(self) -> bool | None:
+        if self.host_limit_bytes is not None and self.host_bytes > self.host_limit_bytes:
+            return False
         return None if self.limit_bytes is None else self.device_bytes <= self.limit_bytes
 
     def timeline(self) -> Any:
@@ -89,10 +95,17 @@ class Measurement:
             ),
             ("host bytes", report.size(self.host_bytes)),
             ("memory of the target", "unknown" if self.limit_bytes is None else report.size(self.limit_bytes)),
+            *(
+                [("memory of its host", report.size(self.host_limit_bytes))]
+                if self.host_limit_bytes and self.host_bytes
+                else []
+            ),
             ("fits", {True: "yes", False: "no", None: "unknown"}[self.fits]),
             ("FLOPs of a step", f"{self.flops:.4g}"),
         ]
-        return report.table(f"value_and_grad on {self.target}", ("", ""), rows)
+        shown = report.table(f"value_and_grad on {self.target}", ("", ""), rows)
+        too_small = self.host_limit_bytes is not None and self.host_bytes > self.host_limit_bytes
+        return f"{shown}\n{self.message}" if too_small else shown
 
 
 def measure(
@@ -143,9 +156,10 @@ def measure(
 
 def measurement(program: Program, target: Target, answer: Answer, flops: int | None = None) -> Measurement:
     """A program and the compiler's answer as a :class:`Measurement`; counts the FLOPs where they are not given."""
-    limit = _limit(target)
+    limit, host = _limit(target), host_limit(target)
     common: dict[str, Any] = dict(
         target=target.name,
+        host_limit_bytes=None if host is None else host.nbytes,
         flops=flops_of(program) if flops is None else flops,
         seconds=answer.seconds,
         cached=answer.cached,
@@ -165,16 +179,17 @@ def measurement(program: Program, target: Target, answer: Answer, flops: int | N
             **common,
         )
     b = answer.bytes
+    host_bytes = b["host_argument"] + b["host_output"] - b["host_alias"] + b["host_temp"]
     return Measurement(
         device_bytes=b["argument"] + b["output"] - b["alias"] + b["temp"],
-        host_bytes=b["host_argument"] + b["host_output"] - b["host_alias"] + b["host_temp"],
+        host_bytes=host_bytes,
         temp_bytes=b["temp"],
         argument_bytes=b["argument"],
         output_bytes=b["output"],
         alias_bytes=b["alias"],
         host_temp_bytes=b["host_temp"],
         limit_bytes=limit,
-        message="",
+        message="" if host is None else host.refuse(host_bytes),
         **common,
     )
 

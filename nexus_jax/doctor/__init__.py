@@ -15,6 +15,7 @@ from nexus_jax.doctor.case import Case, Report, config, walk
 from nexus_jax.doctor.case import Finding as Finding
 from nexus_jax.scopes import phase
 from nexus_jax.targets.compiler import Target, find_target
+from nexus_jax.targets.host import host_memory
 from nexus_jax.traced import Traced
 
 
@@ -37,6 +38,7 @@ CHECKS = (
     Check(name="unrolled offload", run=environment.unrolled_offload, of_step=True),
     Check(name="offload on a CPU", run=environment.offload_on_cpu, of_step=True),
     Check(name="pinned memory", run=environment.pinned_memory),
+    Check(name="host memory", run=environment.host_memory, of_step=True),
     Check(name="XLA's offloading flags", run=environment.xla_offloading),
     Check(name="XLA's rematerialization", run=environment.xla_remat),
     Check(name="GPU memory", run=environment.gpu_memory),
@@ -80,7 +82,11 @@ def doctor(fn: Callable[..., Any] | None = None, *args: Any, target: str | Targe
         1 checkpoint_name that no policy asks for: 'context' -> a policy with these names, as jax.checkpoint_policies.save_only_these_names or name = ... in a policy file
     """
     where = find_target(target)
-    return examine(case_of(fn, args, where.platform), where.name)
+    case = case_of(fn, args, where.platform)
+    host = None if where.platform == "cpu" else host_memory(where)
+    if host is not None:
+        case = dataclasses.replace(case, host=host.of_all(where.devices if where.sheet else jax.device_count()))
+    return examine(case, where.name)
 
 
 def case_of(fn: Callable[..., Any] | None, args: Sequence[Any], platform: str) -> Case:

@@ -14,6 +14,7 @@ from jax.extend import core as jex
 
 from nexus_jax.dataflow import moves_to_host
 from nexus_jax.policy.rules import nbytes
+from nexus_jax.targets.host import HostLimit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,7 @@ class Case:
         options: the ``compiler_options`` of the step's own ``jax.jit``.
         forward: the step's jaxpr; None without a step.
         step: the same with its backward pass.
+        host: the host memory for all of its devices; None where it is not known, or is the device's own.
     """
 
     platform: str
@@ -123,6 +125,7 @@ class Case:
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     forward: Any = None
     step: Any = None
+    host: HostLimit | None = None
 
     @property
     def on_gpu(self) -> bool:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from nexus_jax.doctor.case import Case, Finding
 from nexus_jax.report import size
+from nexus_jax.targets.host import GPU_POOL as _HOST_LIMIT
+from nexus_jax.targets.host import gpu_pool_bytes
 
 GIB = 2**30
-_HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _PREMAPPED = "TPU_PREMAPPED_BUFFER_SIZE"
 _ALLOCATORS = ("default", "platform", "bfc", "cuda_async", "vmm", "address")
 
@@ -72,7 +73,7 @@ def _gpu_pool(case: Case) -> Iterator[Finding]:
             source=source,
         )
         return
-    limit = int(given or 64) * GIB
+    limit = gpu_pool_bytes(case.environ)
     if case.host_bytes > limit:
         yield Finding(
             check="pinned memory",
@@ -107,6 +108,17 @@ def _premapped(case: Case) -> Iterator[Finding]:
             "with RESOURCE_EXHAUSTED: Failed to allocate buffer from premapped region",
             write=f"{_PREMAPPED}={-(-case.host_bytes // 2**30) * 2**30}",
             source=source,
+        )
+
+
+def host_memory(case: Case) -> Iterator[Finding]:
+    """What is offloaded against the memory of the host."""
+    if case.host is not None and case.host_bytes > case.host.nbytes:
+        yield Finding(
+            check="host memory",
+            found=f"{size(case.host_bytes)} go to the host, and it has {size(case.host.nbytes)}: {case.host.what}",
+            matters="pinned memory is never swapped out: the step fails, or the machine stops the process",
+            write="a policy that offloads less, or a larger offload_threshold_mb",
         )
 
 

@@ -23,6 +23,7 @@ FIGURES = {  # name: its unit
     "memory_bandwidth": "B/s",
     "host_to_device_bandwidth": "B/s",
     "device_to_host_bandwidth": "B/s",
+    "host_memory_bytes": "B",
 }
 
 GPU_FRACTION = 0.75  # of a GPU's memory, that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
@@ -78,6 +79,7 @@ class Sheet:
         f32_flops: float32 matmuls at JAX's default precision, in FLOP/s: one bfloat16 pass on a TPU, TF32 on a GPU.
         memory_bandwidth: of device memory, in bytes/s.
         host_to_device_bandwidth, device_to_host_bandwidth: of the link to the host, each way, in bytes/s.
+        host_memory_bytes: of the host, for each device of it: a TPU's virtual machine; of a GPU that of NVIDIA's own machine.
         topology: TPU: libtpu's name of the smallest slice that it describes; it is compiled for one device of it.
         max_chips: TPU: of the largest slice; ``max_side``: of its longest side, where that is limited too.
         devices_per_chip: TPU: how many devices JAX sees on one chip.
@@ -96,6 +98,7 @@ class Sheet:
     memory_bandwidth: float
     host_to_device_bandwidth: float
     device_to_host_bandwidth: float
+    host_memory_bytes: int
     topology: str = ""
     max_chips: int = 0
     max_side: int = 0

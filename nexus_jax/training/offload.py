@@ -21,6 +21,7 @@ from nexus_jax.boundary import is_floating, offloaded
 from nexus_jax.offloading.window import Windows
 from nexus_jax.policy.rules import MB, nbytes
 from nexus_jax.targets.compiler import find_target
+from nexus_jax.targets.host import host_limit
 from nexus_jax.training.verify import Verification, verify
 
 
@@ -145,9 +146,19 @@ class ActivationOffloader:
         def traced(moved: int) -> None:
             seen.traced = True
             seen.offloaded += moved
+            self._check_host(moved)
 
         move = offloaded(wanted, self._to_host, self._to_device, self.prefetch_ahead, traced, self.windows)
         return move(fun, weights, rest, inputs)
+
+    def _check_host(self, wanted: int) -> None:
+        """Say that the host is too small for what one gradient sends there, of all devices together."""
+        target = find_target(self.target)
+        limit = host_limit(target)
+        if limit is not None:
+            whole = limit.of_all(target.devices if target.sheet is not None else jax.device_count())
+            if said := whole.refuse(wanted):
+                _say_once(said)
 
     def _to_host(self, x: Any) -> Any:
         if self.pin_memory:
@@ -181,7 +192,8 @@ class ActivationOffloader:
             ValueError: the device has host memory, but not of the kind asked for.
 
         Warns:
-            OffloadWarning: nothing was offloaded, and why.
+            OffloadWarning: nothing was offloaded, and why; or the host is too small for what is (of ``target``, or of this
+                machine if it has a GPU or a TPU): bytes wanted, bytes there.
         """
         with self.in_force() as active:
             yield self
