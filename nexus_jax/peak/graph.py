@@ -169,6 +169,8 @@ class _Builder:
         if key is not None:
             self.seen[key] = outs
         params = {**eqn.params, **_loop_counts(eqn)} if bodies else eqn.params
+        if name == "scan":
+            params["operands"] = [i for i, v in enumerate(eqn.invars) if not isinstance(v, jex.Literal)]
         if name == "dot_general":  # the value may be another's, of another shape
             params = {**params, "lhs_shape": tuple(eqn.invars[0].aval.shape)}
         self.append(Node(name, ins, outs, params, scope, bodies=bodies))
@@ -262,6 +264,16 @@ def _without_dead(graph: Graph) -> Graph:
         for value in dict.fromkeys(node.ins):
             value.users.append(node)
     return dataclasses.replace(graph, nodes=kept)
+
+
+def inside(user: Node, value: Value) -> list[Value]:
+    """What the body of a scan, or what stands behind a barrier, calls a value that it is given."""
+    if user.op == "barrier":
+        return [o for i, o in zip(user.ins, user.outs, strict=True) if i is value]
+    if user.op != "scan":
+        return []
+    inputs = user.bodies[0].inputs
+    return [inputs[i] for v, i in zip(user.ins, user.params["operands"], strict=True) if v is value]
 
 
 def root(value: Value) -> Value:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nexus_jax.peak.graph import Graph, Node, Value
+from nexus_jax.peak.graph import Graph, Node, Value, inside
 
 MIB = 2**20
 
@@ -111,11 +111,25 @@ _HALF = np.dtype("float16")
 
 
 def _only_multiplied(value: Value) -> bool:
-    """Whether a float32 value goes into matmuls only, which read bfloat16 at the default precision; or is summed beside."""
-    if value.dtype != np.float32 or value.node is None or not value.users:
-        return False
-    multiplied = [u for u in value.users if u.op in CONTRACTIONS and _is_default(u.params.get("precision"))]
-    return bool(multiplied) and all(u in multiplied or u.op in REDUCTIONS for u in value.users)
+    """Whether a float32 value goes into matmuls only, which read bfloat16 at the default precision; or is summed beside.
+
+    Also through barriers and into the bodies of scans: what a checkpoint saves is kept as bfloat16, and a stack too.
+    """
+    return value.dtype == np.float32 and value.node is not None and bool(value.users) and multiplied(value) == {True}
+
+
+def multiplied(value: Value) -> set[bool]:
+    """Of each use of a value, whether it is a matmul that reads bfloat16; sums do not count."""
+    found: set[bool] = set()
+    for user in value.users:
+        if user.op in CONTRACTIONS and _is_default(user.params.get("precision")):
+            found.add(True)
+        elif user.op in ("barrier", "scan"):
+            for v in inside(user, value):
+                found |= multiplied(v)
+        elif user.op not in REDUCTIONS:
+            found.add(False)
+    return found
 
 
 def _is_default(precision: Any) -> bool:
