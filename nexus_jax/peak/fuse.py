@@ -17,7 +17,7 @@ _LONGEST_ROW = 16384  # of a softmax that is one kernel; seen: 8192 is one, 3276
 class Kernel:
     """One thing that the device runs: reads ``ins``, writes ``outs``, at ``position`` of the program.
 
-    ``fused``: a fusion of elementwise operations, and no matmul, reduction or anything else.
+    ``fused``: a fusion of elementwise operations, and no matmul, reduction or anything else. ``matmuls``: those in it.
     """
 
     node: Node
@@ -25,6 +25,7 @@ class Kernel:
     outs: list[Value]
     position: float
     fused: bool
+    matmuls: tuple[Node, ...]
 
 
 def kernels(graph: Graph, backend: Backend, size: Callable[[Value], int]) -> list[Kernel]:
@@ -135,14 +136,19 @@ class _Fusion:
     def kernels(self) -> list[Kernel]:
         """One for each operation that writes something."""
         self.sources = {}
+        held: dict[Value, dict[Node, None]] = {}  # the matmuls of what is not written
         found = []
         for node in self.graph.nodes:
             sources = self._sources(node)
+            matmuls = {m: None for v in node.ins if v not in self.written for m in held.get(v, ())}
+            if node.op in CONTRACTIONS:
+                matmuls[node] = None
             for out in node.outs:
-                self.sources[out] = sources
+                self.sources[out], held[out] = sources, matmuls
             if any(out in self.written for out in node.outs) or not node.outs:
                 ins = list(dict.fromkeys(root(v) for v in sources))
-                found.append(Kernel(node, ins, list(node.outs), float(node.position), self.fusible(node)))
+                fused = self.fusible(node)
+                found.append(Kernel(node, ins, list(node.outs), float(node.position), fused, tuple(matmuls)))
         return found
 
 

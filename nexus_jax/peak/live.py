@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from nexus_jax.peak import heap
+from nexus_jax.peak import fast, heap
 from nexus_jax.peak.fuse import Kernel, kernels
 from nexus_jax.peak.graph import Graph, Node, Value, root
 from nexus_jax.peak.heap import Buffer
 from nexus_jax.peak.order import orders
-from nexus_jax.peak.rules import IN_PLACE, LOOPS, Backend
+from nexus_jax.peak.rules import IN_PLACE, LOOPS, Backend, flops
 
 Size = Callable[[Value], int]
 
@@ -50,9 +50,11 @@ def _simulated(order: list[Kernel], graph: Graph, backend: Backend, size: Size, 
     if backend.outputs_reused:
         results = [b for b in buffers if not b.value.host and b.value in outputs]
         temporaries = heap.outside_results(temporaries, results)
-    spans = [(b.born, b.dies, b.size) for b in temporaries]
     if backend.fast_bytes:
-        spans = heap.outside_fast(temporaries, sorted(inner), backend.fast_bytes, count)
+        arguments = [] if body is not None else _arguments(order, size)
+        costs = _costs(order, backend, size)
+        temporaries = fast.outside(temporaries, arguments, sorted(inner), backend.fast_bytes, costs)
+    spans = [(b.born, b.dies, b.size) for b in temporaries]
     spans += [(i, i, x.temp) for i, x in inner.items()]
     spans += [(i, i, backend.scratch(k.node)) for i, k in enumerate(order)]
     temp, when = heap.peak(spans, count)
@@ -88,7 +90,8 @@ def _buffers(order: list[Kernel], graph: Graph, size: Size, body: Node | None) -
         for value in kernel.ins:
             if value in found:
                 found[value].dies = i
-                found[value].uses.append(i)
+                if kernel.node.op != "barrier":
+                    found[value].uses.append(i)
         for out in kernel.outs:
             if out.alias is None and not out.argument:
                 found[out] = Buffer(out, size(out), i, i, [i])
@@ -101,6 +104,26 @@ def _buffers(order: list[Kernel], graph: Graph, size: Size, body: Node | None) -
     for i, kernel in enumerate(order):
         _share(i, kernel, found)
     return [b for b in found.values() if b.dies >= b.born]
+
+
+def _arguments(order: list[Kernel], size: Size) -> list[Buffer]:
+    """The arguments that kernels read, each from its first use to its last."""
+    uses: dict[Value, list[int]] = {}
+    for i, kernel in enumerate(order):
+        if kernel.node.op not in LOOPS and kernel.node.op != "barrier":
+            for value in kernel.ins:
+                if value.argument and not value.host:
+                    uses.setdefault(value, []).append(i)
+    return [Buffer(v, size(v), at[0], at[-1], at) for v, at in uses.items()]
+
+
+def _costs(order: list[Kernel], backend: Backend, size: Size) -> fast.Costs:
+    bytes_of = lambda k: 0 if k.node.op == "barrier" else sum(map(size, k.ins)) + sum(map(size, k.outs))
+    return fast.Costs(
+        moved=[bytes_of(k) / backend.bandwidth for k in order],
+        multiplied=[sum(map(flops, k.matmuls)) / backend.flops for k in order],
+        bandwidth=backend.bandwidth,
+    )
 
 
 def _hand_on(order: list[Kernel], graph: Graph, found: dict[Value, Buffer], loop: Node) -> None:

@@ -69,6 +69,7 @@ class Backend:
         outputs_after_loops: what no loop needs runs after the loops.
         reports_holes_twice: the reported temporaries hold the holes of the heap twice.
         fast_bytes: memory beside the device's (VMEM) in which the compiler keeps what is used soon.
+        bandwidth, flops: of the device, in bytes/s and in FLOP/s of matmuls, by which it chooses what to keep there.
         split_k: matmuls with few results and long sums are done in parts, each with partial sums of its own.
         descriptor_bytes: what the descriptors of one kernel's copies to VMEM and back take in the heap.
     """
@@ -85,6 +86,8 @@ class Backend:
     outputs_after_loops: bool
     reports_holes_twice: bool
     fast_bytes: int = 0
+    bandwidth: float = 1.0
+    flops: float = 1.0
     descriptor_bytes: int = 0
     split_k: bool = False
 
@@ -142,10 +145,9 @@ _TILE, _PROCESSORS, _LEAST_SUM = 128, 128, 256
 
 def _partial_sums(node: Node) -> int:
     """A GPU's matmul is cut into tiles of 128 x 128; sums are split until every processor has one."""
-    (contracted, _), (batch, _) = node.params["dimension_numbers"]
+    sums, (_, batch) = _sums(node), node.params["dimension_numbers"]
     shape = node.params["lhs_shape"]
-    sums = math.prod(shape[d] for d in contracted)
-    batches = math.prod(shape[d] for d in batch)
+    batches = math.prod(shape[d] for d in batch[0])
     rows = math.prod(shape) // max(sums * batches, 1)
     results = math.prod(node.outs[0].shape)
     columns = results // max(rows * batches, 1)
@@ -154,6 +156,21 @@ def _partial_sums(node: Node) -> int:
     while tiles * split < _PROCESSORS and sums // (2 * split) >= _LEAST_SUM:
         split *= 2
     return split * results * 4 if split > 1 else 0
+
+
+def _sums(node: Node) -> int:
+    """How many products one result of a matmul is the sum of."""
+    (contracted, _), _ = node.params["dimension_numbers"]
+    return math.prod(node.params["lhs_shape"][d] for d in contracted)
+
+
+def flops(node: Node) -> int:
+    """Of a matmul or a convolution."""
+    results = math.prod(node.outs[0].shape)
+    if node.op == "dot_general":
+        return 2 * results * _sums(node)
+    kernel = node.ins[1].shape
+    return 2 * results * math.prod(kernel) // kernel[node.params["dimension_numbers"].rhs_spec[0]]
 
 
 def _images(graph: Graph) -> dict[tuple[int, int], tuple[int, ...]]:
@@ -231,5 +248,7 @@ TPU = Backend(
     outputs_after_loops=True,
     reports_holes_twice=True,
     fast_bytes=112 * MIB,  # of v5e's 128 MiB
+    bandwidth=819e9,
+    flops=197e12,
     descriptor_bytes=2 * 16 * 1024,
 )

@@ -1,0 +1,115 @@
+"""What waits in a TPU's VMEM, and what that leaves in device memory.
+
+XLA's memory space assignment (xla/service/memory_space_assignment in the openxla repository), in short: buffers are
+served in the order of what VMEM gains them. Each stays in it from use to use while there is room; else it is copied
+out, and copied back in time for its next use if there is room by then. Its rules and its default figures are the ones
+below.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+
+from nexus_jax.peak.heap import Buffer
+
+_LONGEST = 10.0  # a value waits as long as it takes to fill VMEM this many times: max_overlap_to_mem_size_async_copy_ratio
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Seconds of each kernel: of what it moves, and of what it multiplies; and the bytes that VMEM moves in a second."""
+
+    moved: list[float]
+    multiplied: list[float]
+    bandwidth: float
+
+
+def outside(buffers: list[Buffer], arguments: list[Buffer], loops: list[int], capacity: int, costs: Costs) -> list[Buffer]:
+    """Those of ``buffers`` that are in device memory, from when to when they are.
+
+    Args:
+        arguments: they are in device memory all the time, and are copied to VMEM for their uses.
+        loops: which kernels are loops, sorted: nothing waits for the end of one.
+        capacity: bytes of VMEM.
+        costs: of the kernels.
+    """
+    return _Assignment(loops, capacity, costs).run(buffers, arguments)
+
+
+class _Assignment:
+    def __init__(self, loops: list[int], capacity: int, costs: Costs):
+        self.loops, self.capacity, self.costs = loops, capacity, costs
+        count = len(costs.moved)
+        self.used = np.zeros(count + 2, np.int64)
+        seconds = [max(m, c) for m, c in zip(costs.moved, costs.multiplied, strict=True)]
+        self.clock = np.concatenate([[0.0], np.cumsum(seconds), [math.inf]])  # when each kernel begins
+        self.longest = _LONGEST * capacity / costs.bandwidth
+
+    def run(self, buffers: list[Buffer], arguments: list[Buffer]) -> list[Buffer]:
+        self.fetched_early(arguments)
+        outside = []
+        given = {id(b) for b in arguments}
+        for buffer in sorted((*buffers, *arguments), key=lambda b: -self.gain(b)):
+            span = self.walk(buffer, in_memory=id(buffer) in given)
+            if span is not None and id(buffer) not in given:
+                outside.append(dataclasses.replace(buffer, born=span[0], dies=span[1]))
+        return outside
+
+    def fetched_early(self, arguments: list[Buffer]) -> None:
+        """The largest argument is copied before the program begins, and stays to its last use."""
+        able = [b for b in arguments if b.size <= self.capacity and self.beside(0, b.uses[-1])]
+        if able:
+            largest = max(able, key=lambda b: b.size)
+            self.used[: largest.uses[-1] + 1] += largest.size
+            arguments.remove(largest)
+
+    def gain(self, buffer: Buffer) -> float:
+        """Seconds that VMEM saves the kernels that touch a buffer; what multiplies for longer than it moves loses."""
+        saved, once = 0.0, buffer.size / self.costs.bandwidth
+        for i in buffer.uses:
+            moved, multiplied = self.costs.moved[i], self.costs.multiplied[i]
+            saved += moved - (max(multiplied, moved - once) if moved > multiplied else multiplied)
+        return saved / math.sqrt(max(buffer.size, 1))
+
+    def walk(self, buffer: Buffer, in_memory: bool) -> tuple[int, int] | None:
+        """Place one buffer; from when to when it is in device memory."""
+        size = buffer.size
+        points = sorted({*buffer.uses, buffer.dies} if in_memory else {buffer.born, *buffer.uses, buffer.dies})
+        if len(points) == 1 and not in_memory:
+            points *= 2
+        first = last = None  # in device memory
+        fast = not in_memory and self.stay(points[0], points[1], size)
+        if not fast:
+            first = points[0]
+            if in_memory:
+                fast = self.fetch(0, points[0], size)
+        for i, (a, b) in enumerate(itertools.pairwise(points)):
+            if fast and ((i == 0 and not in_memory) or self.stay(a + 1, b, size)):
+                continue
+            first = a if first is None else first  # copied out, and there till it is back
+            fast = self.fetch(a + 1, b, size)
+            last = max(a, b - 1 if fast else b)
+        return None if first is None else (first, points[0] if last is None else last)
+
+    def stay(self, a: int, b: int, size: int) -> bool:
+        return self.clock[b] - self.clock[a] <= self.longest and self.take(a, b, size)
+
+    def fetch(self, after: int, use: int, size: int) -> bool:
+        """Whether a value can be copied to VMEM for a use; it takes room while it is copied."""
+        start = bisect.bisect_right(self.clock, self.clock[use] - size / self.costs.bandwidth) - 1
+        return start >= after and self.take(start, use, size)
+
+    def take(self, a: int, b: int, size: int) -> bool:
+        if not self.beside(a, b) or self.used[a : b + 1].max() + size > self.capacity:
+            return False
+        self.used[a : b + 1] += size
+        return True
+
+    def beside(self, a: int, b: int) -> bool:
+        at = bisect.bisect_left(self.loops, a)
+        return at == len(self.loops) or self.loops[at] > b
