@@ -10,6 +10,7 @@ from nexus_jax.peak.rules import CONTRACTIONS, EXPENSIVE, FUSIBLE, REDUCTIONS, B
 
 _MANY = 8  # readers; more are as many
 _WIDE = 24  # sources of one fusion
+_WIDEST = 32  # elementwise operations that a matmul computes on its way out; a GELU's gradient has 14
 _LONGEST_ROW = 16384  # of a softmax that is one kernel; seen: 8192 is one, 32768 is not
 
 
@@ -65,18 +66,41 @@ class _Fusion:
         return node.op in FUSIBLE
 
     def _sink(self) -> None:
-        """A matmul whose result has one elementwise reader computes that on its way out."""
+        """A matmul computes on its way out what is made of its result alone and ends in one value."""
         for node in self.graph.nodes:
-            if node.op not in CONTRACTIONS:
-                continue
-            [out] = node.outs
-            while len(out.users) == 1 and self.fusible(out.users[0]) and out not in self.results:
-                user = out.users[0]
-                if len(user.outs) != 1 or not self._small(user, out):
-                    break
-                self.written.discard(out)
-                out = user.outs[0]
-                self.written.add(out)
+            if node.op in CONTRACTIONS:
+                [out] = node.outs
+                end = self._end(out)
+                if end is not out:
+                    self.written.discard(out)
+                    self.written.add(end)
+
+    def _end(self, out: Value) -> Value:
+        """The last and least value that all paths from a matmul's result run through, over elementwise operations."""
+        inner, waiting, end = {out}, list(out.users), out
+        unread = {out: len(out.users)}  # of each value inside, its readers that are not inside
+        for _ in range(_WIDEST):
+            waiting.sort(key=lambda n: -n.position)
+            user = next((n for n in reversed(waiting) if self._joins(n, inner, out)), None)
+            if user is None or any(v in self.results for v in user.ins if v in inner):
+                break
+            waiting.remove(user)
+            for value in inner.intersection(user.ins):
+                unread[value] -= 1
+            [made] = user.outs
+            inner.add(made)
+            unread[made] = len(made.users)
+            waiting += [n for n in made.users if n not in waiting]
+            alone = all(count == 0 for value, count in unread.items() if value is not made)
+            if alone and (self.size(made) <= self.size(end) or made in self.results):
+                end = made
+        return end
+
+    def _joins(self, user: Node, inner: set[Value], out: Value) -> bool:
+        """Whether an operation can be computed with a matmul's result: what else it reads does not wait for that."""
+        if len(user.outs) != 1 or not self.fusible(user) or not self._small(user, out):
+            return False
+        return not any(_needs(v, out) for v in user.ins if v not in inner)
 
     def _small(self, user: Node, out: Value) -> bool:
         """Whether an operation keeps a matmul's result as it is, or makes less of it."""
@@ -150,6 +174,20 @@ class _Fusion:
                 fused = self.fusible(node)
                 found.append(Kernel(node, ins, list(node.outs), float(node.position), fused, tuple(matmuls)))
         return found
+
+
+def _needs(value: Value, other: Value) -> bool:
+    """Whether one value is computed from another."""
+    assert other.node is not None
+    seen, waiting = {value}, [value]
+    while waiting:
+        v = waiting.pop()
+        if v is other:
+            return True
+        if v.node is not None and v.node.position > other.node.position:
+            waiting += [i for i in v.node.ins if i not in seen]
+            seen.update(v.node.ins)
+    return False
 
 
 def _is_shift(node: Node) -> bool:

@@ -103,7 +103,7 @@ class Backend:
 
         def size(value: Value) -> int:
             shape = value.shape
-            image = images.get((shape[0], math.prod(shape))) if len(shape) > 2 else None
+            image = images.get(shape) or images.get((shape[0], math.prod(shape))) if len(shape) > 2 else None
             dtype = _HALF if graph is not None and _only_multiplied(value) else value.dtype
             return padded(shape, dtype, image)
 
@@ -173,8 +173,8 @@ def flops(node: Node) -> int:
     return 2 * results * math.prod(kernel) // kernel[node.params["dimension_numbers"].rhs_spec[0]]
 
 
-def _images(graph: Graph) -> dict[tuple[int, int], tuple[int, ...]]:
-    """Batch and features of what convolutions read and write, by batch and number of elements.
+def _images(graph: Graph) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Batch and features of what convolutions read and write, by shape, and by batch and number of elements.
 
     A convolution wants these two dimensions in its tiles, and all values of an image's size are laid out as it is.
     """
@@ -185,7 +185,7 @@ def _images(graph: Graph) -> dict[tuple[int, int], tuple[int, ...]]:
             for value, spec in ((node.ins[0], numbers.lhs_spec), (node.outs[0], numbers.out_spec)):
                 shape = value.shape
                 if len(shape) == len(spec):
-                    found[shape[0], math.prod(shape)] = tuple(shape[d] for d in sorted(spec[:2]))
+                    found[shape] = found[shape[0], math.prod(shape)] = tuple(shape[d] for d in sorted(spec[:2]))
     return found
 
 
