@@ -15,6 +15,14 @@ from nexus_jax.peak.rules import IN_PLACE, LOOPS, Backend, flops
 Size = Callable[[Value], int]
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Bytes of a value: as it is kept, and as it is while the compiler decides what to fuse."""
+
+    kept: Size
+    whole: Size
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Life:
     """What a program's temporaries take.
@@ -34,14 +42,14 @@ class Life:
     node: Node | None
 
 
-def life(graph: Graph, backend: Backend, size: Size, body: Node | None = None) -> Life:
+def life(graph: Graph, backend: Backend, size: Sizes, body: Node | None = None) -> Life:
     """Simulate one run, or one step of the loop whose ``body`` this is."""
-    found = kernels(graph, backend, size)
+    found = kernels(graph, backend, size.whole)
     lives = [_simulated(order, graph, backend, size, body) for order in orders(found, graph, backend, body)]
     return min(lives, key=lambda x: x.temp)
 
 
-def _simulated(order: list[Kernel], graph: Graph, backend: Backend, size: Size, body: Node | None) -> Life:
+def _simulated(order: list[Kernel], graph: Graph, backend: Backend, size: Sizes, body: Node | None) -> Life:
     count = len(order)
     inner = {i: _step(k.node, backend, size) for i, k in enumerate(order) if k.node.op in LOOPS}
     buffers = _buffers(order, graph, size, body)
@@ -67,7 +75,7 @@ def _simulated(order: list[Kernel], graph: Graph, backend: Backend, size: Size, 
     return Life(temp=temp, host=host, at_peak=tuple(alive), inner=inner.get(when), node=node)
 
 
-def _step(loop: Node, backend: Backend, size: Size) -> Life:
+def _step(loop: Node, backend: Backend, size: Sizes) -> Life:
     return max((life(body, backend, size, loop) for body in loop.bodies), key=lambda x: x.temp)
 
 
@@ -84,7 +92,7 @@ def _reported(spans: list[heap.Span], inner: dict[int, Life], count: int, backen
 # --- lifetimes -------------------------------------------------------------------------------------------------------
 
 
-def _buffers(order: list[Kernel], graph: Graph, size: Size, body: Node | None) -> list[Buffer]:
+def _buffers(order: list[Kernel], graph: Graph, size: Sizes, body: Node | None) -> list[Buffer]:
     found: dict[Value, Buffer] = {}
     for i, kernel in enumerate(order):
         for value in kernel.ins:
@@ -94,7 +102,7 @@ def _buffers(order: list[Kernel], graph: Graph, size: Size, body: Node | None) -
                     found[value].uses.append(i)
         for out in kernel.outs:
             if out.alias is None and not out.argument:
-                found[out] = Buffer(out, size(out), i, i, [i])
+                found[out] = Buffer(out, size.kept(out), i, i, [i])
     if body is not None and body.op != "cond":
         _hand_on(order, graph, found, body)
     else:
@@ -106,7 +114,7 @@ def _buffers(order: list[Kernel], graph: Graph, size: Size, body: Node | None) -
     return [b for b in found.values() if b.dies >= b.born]
 
 
-def _arguments(order: list[Kernel], size: Size) -> list[Buffer]:
+def _arguments(order: list[Kernel], size: Sizes) -> list[Buffer]:
     """The arguments that kernels read, each from its first use to its last."""
     uses: dict[Value, list[int]] = {}
     for i, kernel in enumerate(order):
@@ -114,11 +122,11 @@ def _arguments(order: list[Kernel], size: Size) -> list[Buffer]:
             for value in kernel.ins:
                 if value.argument and not value.host:
                     uses.setdefault(value, []).append(i)
-    return [Buffer(v, size(v), at[0], at[-1], at) for v, at in uses.items()]
+    return [Buffer(v, size.kept(v), at[0], at[-1], at) for v, at in uses.items()]
 
 
-def _costs(order: list[Kernel], backend: Backend, size: Size) -> fast.Costs:
-    bytes_of = lambda k: 0 if k.node.op == "barrier" else sum(map(size, k.ins)) + sum(map(size, k.outs))
+def _costs(order: list[Kernel], backend: Backend, size: Sizes) -> fast.Costs:
+    bytes_of = lambda k: 0 if k.node.op == "barrier" else sum(map(size.kept, k.ins)) + sum(map(size.kept, k.outs))
     return fast.Costs(
         moved=[bytes_of(k) / backend.bandwidth for k in order],
         multiplied=[sum(map(flops, k.matmuls)) / backend.flops for k in order],

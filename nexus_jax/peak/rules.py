@@ -95,8 +95,12 @@ class Backend:
         """Bytes that an operation needs while it runs, beside what it reads and writes."""
         return _partial_sums(node) if self.split_k and node.op == "dot_general" else 0
 
-    def sizer(self, graph: Graph | None = None) -> Callable[[Value], int]:
-        """Bytes of a value in this device's layout; of arguments and results, without a graph."""
+    def sizer(self, graph: Graph | None = None, halved: bool = True) -> Callable[[Value], int]:
+        """Bytes of a value in this device's layout; of arguments and results, without a graph.
+
+        Args:
+            halved: whether float32 values that only matmuls read are kept as bfloat16; what is fused is decided before.
+        """
         if not self.tiled:
             return lambda value: _up(value.size, 256)
         images = _images(graph) if graph is not None else {}
@@ -104,7 +108,7 @@ class Backend:
         def size(value: Value) -> int:
             shape = value.shape
             image = images.get(shape) or images.get((shape[0], math.prod(shape))) if len(shape) > 2 else None
-            dtype = _HALF if graph is not None and _only_multiplied(value) else value.dtype
+            dtype = _HALF if graph is not None and halved and only_multiplied(value) else value.dtype
             return padded(shape, dtype, image)
 
         return size
@@ -113,12 +117,12 @@ class Backend:
 _HALF = np.dtype("float16")
 
 
-def _only_multiplied(value: Value) -> bool:
+def only_multiplied(value: Value) -> bool:
     """Whether a float32 value goes into matmuls only, which read bfloat16 at the default precision; or is summed beside.
 
     Also through barriers and into the bodies of scans: what a checkpoint saves is kept as bfloat16, and a stack too.
     """
-    return value.dtype == np.float32 and value.node is not None and bool(value.users) and multiplied(value) == {True}
+    return value.dtype == np.float32 and value.node is not None and multiplied(value) == {True}
 
 
 def multiplied(value: Value) -> set[bool]:
