@@ -49,13 +49,19 @@ class _Fusion:
     def _require(self, node: Node) -> None:
         """What is written whatever reads it: results that no fusion computes, operands that none can."""
         fusible = self.fusible(node)
-        if not fusible or (self.backend.fused_softmax and _is_shift(node)):
+        if not fusible or self._is_softmax(node):
             self.written.update(node.outs)
         if fusible or (node.op in CONTRACTIONS and self.backend.fused_operands):
             return
         if node.op in REDUCTIONS and not (node.op == "select_and_scatter_add" and self.backend.tiled):
             return
         self.written.update(node.ins)
+
+    def _is_softmax(self, node: Node) -> bool:
+        if not (self.backend.fused_softmax and _is_shift(node)):
+            return False
+        maker = node.ins[0].node
+        return not (self.backend.maximum_of_halves and maker is not None and maker.op == "convert_element_type")
 
     def fusible(self, node: Node) -> bool:
         """Whether a fusion may hold this operation."""
@@ -171,7 +177,7 @@ class _Fusion:
                 self.sources[out], held[out] = sources, matmuls
             if any(out in self.written for out in node.outs) or not node.outs:
                 ins = list(dict.fromkeys(root(v) for v in sources))
-                fused = self.fusible(node)
+                fused = self.fusible(node) and not (self.backend.softmax_apart and self._is_softmax(node))
                 found.append(Kernel(node, ins, list(node.outs), float(node.position), fused, tuple(matmuls)))
         return found
 
@@ -191,7 +197,7 @@ def _needs(value: Value, other: Value) -> bool:
 
 
 def _is_shift(node: Node) -> bool:
-    """``x - max(x)`` of a log-softmax: the GPU's softmax kernel ends there, and writes it."""
+    """``x - max(x)`` of a log-softmax: the softmax kernel ends there, and writes it."""
     if node.op != "sub" or len(node.ins) != 2 or node.ins[0].shape[-1:] > (_LONGEST_ROW,):
         return False
     x, other = node.ins

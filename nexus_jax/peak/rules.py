@@ -64,9 +64,11 @@ class Backend:
         fused_gather: a gather computes what it reads on the way; else its operand is written first.
         one_hot_scatter: a scatter of scalars (the gradient of ``take_along_axis``) is a comparison with an iota.
         fused_softmax: a log-softmax is one kernel with its maximum, and writes what it subtracted that from.
+        maximum_of_halves: but not of bfloat16 logits, whose maximum is taken before they are widened.
+        softmax_apart: and does so beside what it reads, not into its place.
         outputs_reused: the memory of a result serves for temporaries until the result is written.
         stacked_last: in a loop's body, what only its stacked results need runs last.
-        outputs_after_loops: what no loop needs runs after the loops.
+        hurried_loops: where a loop frees memory, what no loop needs runs after the loops.
         reports_holes_twice: the reported temporaries hold the holes of the heap twice.
         fast_bytes: memory beside the device's (VMEM) in which the compiler keeps what is used soon.
         bandwidth, flops: of the device, in bytes/s and in FLOP/s of matmuls, by which it chooses what to keep there.
@@ -81,9 +83,11 @@ class Backend:
     fused_gather: bool
     one_hot_scatter: bool
     fused_softmax: bool
+    maximum_of_halves: bool
+    softmax_apart: bool
     outputs_reused: bool
     stacked_last: bool
-    outputs_after_loops: bool
+    hurried_loops: bool
     reports_holes_twice: bool
     fast_bytes: int = 0
     bandwidth: float = 1.0
@@ -233,9 +237,11 @@ GPU = Backend(
     fused_gather=True,
     one_hot_scatter=False,
     fused_softmax=True,
+    maximum_of_halves=False,
+    softmax_apart=False,
     outputs_reused=True,
     stacked_last=True,
-    outputs_after_loops=False,
+    hurried_loops=False,
     reports_holes_twice=False,
     split_k=True,
 )
@@ -246,10 +252,12 @@ TPU = Backend(
     keeps_expensive=False,
     fused_gather=False,
     one_hot_scatter=True,
-    fused_softmax=False,
+    fused_softmax=True,
+    maximum_of_halves=True,
+    softmax_apart=True,
     outputs_reused=False,
     stacked_last=False,
-    outputs_after_loops=True,
+    hurried_loops=True,
     reports_holes_twice=True,
     fast_bytes=112 * MIB,  # of v5e's 128 MiB
     bandwidth=819e9,
