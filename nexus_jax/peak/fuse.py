@@ -55,7 +55,13 @@ class _Fusion:
             return
         if node.op in REDUCTIONS and not (node.op == "select_and_scatter_add" and self.backend.tiled):
             return
-        self.written.update(node.ins)
+        sunk = self._sunk(node) if self.backend.sunk_broadcasts and node.op == "scan" else ()
+        self.written.update(v for v in node.ins if v not in sunk)
+
+    def _sunk(self, loop: Node) -> list[Value]:
+        given = zip(loop.ins, loop.params["operands"], strict=True)
+        consts = [v for v, i in given if i < loop.params["consts"]]
+        return [v for v in consts if v.node is not None and v.node.op == "broadcast_in_dim"]
 
     def _is_softmax(self, node: Node) -> bool:
         if not (self.backend.fused_softmax and _is_shift(node)):

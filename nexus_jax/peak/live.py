@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax
+
 from nexus_jax.peak import fast, heap
 from nexus_jax.peak.fuse import Kernel, kernels
 from nexus_jax.peak.graph import Graph, Node, Value, root
 from nexus_jax.peak.heap import Buffer
 from nexus_jax.peak.order import orders
-from nexus_jax.peak.rules import IN_PLACE, LOOPS, Backend, flops
+from nexus_jax.peak.rules import IN_PLACE, LOOPS, Backend, flops, narrowed
 
 Size = Callable[[Value], int]
 
@@ -58,6 +60,8 @@ def _simulated(order: list[Kernel], graph: Graph, backend: Backend, size: Sizes,
     buffers = _buffers(order, graph, size, body)
     outputs = set() if body is not None else {root(v) for v in graph.outputs if v is not None}
     temporaries = [b for b in buffers if not b.value.host and b.value not in outputs]
+    if backend.converted_stacks and body is None:
+        temporaries += _stacks(order, backend)
     if backend.outputs_reused:
         results = [b for b in buffers if not b.value.host and b.value in outputs]
         temporaries = heap.outside_results(temporaries, results)
@@ -115,6 +119,19 @@ def _buffers(order: list[Kernel], graph: Graph, size: Sizes, body: Node | None) 
     for i, kernel in enumerate(order):
         _share(i, kernel, found)
     return [b for b in found.values() if b.dies >= b.born]
+
+
+def _stacks(order: list[Kernel], backend: Backend) -> list[Buffer]:
+    """The bfloat16 copies of float32 weights that scans multiply: made before the first scan, kept to the last."""
+    loops: dict[Value, list[int]] = {}
+    for i, kernel in enumerate(order):
+        if kernel.node.op == "scan":
+            for value in kernel.ins:
+                if value.argument and not value.host and narrowed(value):
+                    loops.setdefault(value, []).append(i)
+    copies = {v: Value(v.shape, jax.numpy.dtype("bfloat16")) for v in loops}
+    size = backend.sizer()
+    return [Buffer(copies[v], size(copies[v]), max(at[0] - 1, 0), at[-1], at) for v, at in loops.items()]
 
 
 def _arguments(order: list[Kernel], size: Sizes) -> list[Buffer]:

@@ -69,6 +69,8 @@ class Backend:
         outputs_reused: the memory of a result serves for temporaries until the result is written.
         stacked_last: in a loop's body, what only its stacked results need runs last.
         hurried_loops: where a loop frees memory, what no loop needs runs after the loops.
+        sunk_broadcasts: a broadcast that a loop reads as a constant is done in the loop.
+        converted_stacks: float32 weights that scans only multiply are converted to bfloat16 before the first, as stacks.
         reports_holes_twice: the reported temporaries hold the holes of the heap twice.
         fast_bytes: memory beside the device's (VMEM) in which the compiler keeps what is used soon.
         bandwidth, flops: of the device, in bytes/s and in FLOP/s of matmuls, by which it chooses what to keep there.
@@ -88,6 +90,8 @@ class Backend:
     outputs_reused: bool
     stacked_last: bool
     hurried_loops: bool
+    sunk_broadcasts: bool
+    converted_stacks: bool
     reports_holes_twice: bool
     fast_bytes: int = 0
     bandwidth: float = 1.0
@@ -141,6 +145,14 @@ def multiplied(value: Value) -> set[bool]:
         elif user.op not in REDUCTIONS:
             found.add(False)
     return found
+
+
+def narrowed(value: Value) -> bool:
+    """Whether nothing but bfloat16 is made of float32 values, by a matmul or by the model itself."""
+    small = lambda u: u.op == "convert_element_type" and u.outs[0].dtype.itemsize == 2
+    uses = [(u, inside(u, value)) for u in value.users]
+    kept = lambda u, inner: all(map(narrowed, inner)) if inner else small(u) or u.op in CONTRACTIONS
+    return value.dtype == np.float32 and bool(uses) and all(kept(u, inner) for u, inner in uses)
 
 
 def _is_default(precision: Any) -> bool:
@@ -242,6 +254,8 @@ GPU = Backend(
     outputs_reused=True,
     stacked_last=True,
     hurried_loops=False,
+    sunk_broadcasts=False,
+    converted_stacks=False,
     reports_holes_twice=False,
     split_k=True,
 )
@@ -258,6 +272,8 @@ TPU = Backend(
     outputs_reused=False,
     stacked_last=False,
     hurried_loops=True,
+    sunk_broadcasts=True,
+    converted_stacks=True,
     reports_holes_twice=True,
     fast_bytes=112 * MIB,  # of v5e's 128 MiB
     bandwidth=819e9,
