@@ -47,11 +47,8 @@ class Life:
 def life(graph: Graph, backend: Backend, size: Sizes, body: Node | None = None) -> Life:
     """Simulate one run, or one step of the loop whose ``body`` this is."""
     found = kernels(graph, backend, size.whole)
-    tried = orders(found, graph, backend, body)
-    if backend.fast_bytes:  # the order is chosen before anything is placed in VMEM
-        slow = dataclasses.replace(backend, fast_bytes=0)
-        tried = [min(tried, key=lambda order: _simulated(order, graph, slow, size, body).temp)]
-    return min((_simulated(order, graph, backend, size, body) for order in tried), key=lambda x: x.temp)
+    lives = [_simulated(order, graph, backend, size, body) for order in orders(found, graph, backend, body)]
+    return min(lives, key=lambda x: x.temp)
 
 
 def _simulated(order: list[Kernel], graph: Graph, backend: Backend, size: Sizes, body: Node | None) -> Life:
@@ -73,7 +70,7 @@ def _simulated(order: list[Kernel], graph: Graph, backend: Backend, size: Sizes,
     spans += [(i, i, x.temp) for i, x in inner.items()]
     spans += [(i, i, backend.scratch(k.node)) for i, k in enumerate(order)]
     temp, when = heap.peak(spans, count)
-    if backend.reports_holes_twice and backend.fast_bytes and body is None:
+    if backend.reports_holes_twice and body is None:
         temp = _reported(spans, inner, count, backend)
     on_host = [(b.born, b.dies, b.size) for b in buffers if b.value.host]
     host, _ = heap.peak(on_host + [(i, i, x.host) for i, x in inner.items()], count)

@@ -68,7 +68,7 @@ class Backend:
         softmax_apart: and does so beside what it reads, not into its place.
         outputs_reused: the memory of a result serves for temporaries until the result is written.
         stacked_last: in a loop's body, what only its stacked results need runs last.
-        hurried_loops: where a loop frees memory, what no loop needs runs after the loops.
+        greedy: what frees memory for what it makes runs first; else the best of some orders is taken.
         sunk_broadcasts: a broadcast that a loop reads as a constant is done in the loop.
         converted_stacks: float32 weights that scans only multiply are converted to bfloat16 before the first, as stacks.
         reports_holes_twice: the reported temporaries hold the holes of the heap twice.
@@ -89,7 +89,7 @@ class Backend:
     softmax_apart: bool
     outputs_reused: bool
     stacked_last: bool
-    hurried_loops: bool
+    greedy: bool
     sunk_broadcasts: bool
     converted_stacks: bool
     reports_holes_twice: bool
@@ -253,7 +253,7 @@ GPU = Backend(
     softmax_apart=False,
     outputs_reused=True,
     stacked_last=True,
-    hurried_loops=False,
+    greedy=False,
     sunk_broadcasts=False,
     converted_stacks=False,
     reports_holes_twice=False,
@@ -271,7 +271,7 @@ TPU = Backend(
     softmax_apart=True,
     outputs_reused=False,
     stacked_last=False,
-    hurried_loops=True,
+    greedy=True,
     sunk_broadcasts=True,
     converted_stacks=True,
     reports_holes_twice=True,
