@@ -91,7 +91,7 @@ class _Assignment:
         for i, (a, b) in enumerate(itertools.pairwise(points)):
             if fast and ((i == 0 and not in_memory) or self.stay(a + 1, b, size)):
                 continue
-            first = a if first is None else first  # copied out, and there till it is back
+            first = points[0] + 1 if first is None else first  # copied out as soon as it is made, till it is back
             fast = self.fetch(a + 1, b, size)
             last = max(a, b - 1 if fast else b)
         return None if first is None else (first, points[0] if last is None else last)

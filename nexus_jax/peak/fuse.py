@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from nexus_jax.peak.graph import Graph, Node, Value, root
+from nexus_jax.peak.graph import Graph, Node, Value, needs, root
 from nexus_jax.peak.rules import CONTRACTIONS, EXPENSIVE, FUSIBLE, REDUCTIONS, Backend
 
 _MANY = 8  # readers; more are as many
@@ -112,7 +112,7 @@ class _Fusion:
         """Whether an operation can be computed with a matmul's result: what else it reads does not wait for that."""
         if len(user.outs) != 1 or not self.fusible(user) or not self._small(user, out):
             return False
-        return not any(_needs(v, out) for v in user.ins if v not in inner)
+        return not any(needs(v, out) for v in user.ins if v not in inner)
 
     def _small(self, user: Node, out: Value) -> bool:
         """Whether an operation keeps a matmul's result as it is, or makes less of it."""
@@ -186,20 +186,6 @@ class _Fusion:
                 fused = self.fusible(node) and not (self.backend.softmax_apart and self._is_softmax(node))
                 found.append(Kernel(node, ins, list(node.outs), float(node.position), fused, tuple(matmuls)))
         return found
-
-
-def _needs(value: Value, other: Value) -> bool:
-    """Whether one value is computed from another."""
-    assert other.node is not None
-    seen, waiting = {value}, [value]
-    while waiting:
-        v = waiting.pop()
-        if v is other:
-            return True
-        if v.node is not None and v.node.position > other.node.position:
-            waiting += [i for i in v.node.ins if i not in seen]
-            seen.update(v.node.ins)
-    return False
 
 
 def _is_shift(node: Node) -> bool:

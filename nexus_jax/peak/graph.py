@@ -279,3 +279,17 @@ def inside(user: Node, value: Value) -> list[Value]:
 def root(value: Value) -> Value:
     """The value whose memory this is."""
     return value.alias or value
+
+
+def needs(value: Value, other: Value) -> bool:
+    """Whether one value is computed from another."""
+    assert other.node is not None
+    seen, waiting = {value}, [value]
+    while waiting:
+        v = waiting.pop()
+        if v is other:
+            return True
+        if v.node is not None and v.node.position > other.node.position:
+            waiting += [i for i in v.node.ins if i not in seen]
+            seen.update(v.node.ins)
+    return False

@@ -9,10 +9,10 @@ import jax
 
 from nexus_jax.peak import fast, heap
 from nexus_jax.peak.fuse import Kernel, kernels
-from nexus_jax.peak.graph import Graph, Node, Value, root
+from nexus_jax.peak.graph import Graph, Node, Value, needs, root
 from nexus_jax.peak.heap import Buffer
 from nexus_jax.peak.order import orders
-from nexus_jax.peak.rules import IN_PLACE, LOOPS, Backend, flops, narrowed
+from nexus_jax.peak.rules import IN_PLACE, LOOPS, REDUCTIONS, Backend, flops, narrowed
 
 Size = Callable[[Value], int]
 
@@ -54,7 +54,7 @@ def life(graph: Graph, backend: Backend, size: Sizes, body: Node | None = None) 
 def _simulated(order: list[Kernel], graph: Graph, backend: Backend, size: Sizes, body: Node | None) -> Life:
     count = len(order)
     inner = {i: _step(k.node, backend, size) for i, k in enumerate(order) if k.node.op in LOOPS}
-    buffers = _buffers(order, graph, size, body)
+    buffers = _buffers(order, graph, backend, size, body)
     outputs = set() if body is not None else {root(v) for v in graph.outputs if v is not None}
     temporaries = [b for b in buffers if not b.value.host and b.value not in outputs]
     if backend.converted_stacks and body is None:
@@ -96,7 +96,9 @@ def _reported(spans: list[heap.Span], inner: dict[int, Life], count: int, backen
 # --- lifetimes -------------------------------------------------------------------------------------------------------
 
 
-def _buffers(order: list[Kernel], graph: Graph, size: Sizes, body: Node | None) -> list[Buffer]:
+def _buffers(
+    order: list[Kernel], graph: Graph, backend: Backend, size: Sizes, body: Node | None
+) -> list[Buffer]:
     found: dict[Value, Buffer] = {}
     for i, kernel in enumerate(order):
         for value in kernel.ins:
@@ -113,8 +115,13 @@ def _buffers(order: list[Kernel], graph: Graph, size: Sizes, body: Node | None) 
         for out in graph.outputs:
             if out is not None and root(out) in found:
                 found[root(out)].dies = len(order)
+    summed: dict[Value, list[Node]] = {}  # by what reductions
+    for kernel in order if backend.fused_sums else ():
+        if kernel.node.op in REDUCTIONS:
+            for value in kernel.ins:
+                summed.setdefault(value, []).append(kernel.node)
     for i, kernel in enumerate(order):
-        _share(i, kernel, found)
+        _share(i, kernel, found, summed)
     return [b for b in found.values() if b.dies >= b.born]
 
 
@@ -168,12 +175,17 @@ def _hand_on(order: list[Kernel], graph: Graph, found: dict[Value, Buffer], loop
             buffer.dies = buffer.born - 1  # written where it belongs
 
 
-def _share(i: int, kernel: Kernel, found: dict[Value, Buffer]) -> None:
-    """A fusion writes into an operand that nobody reads again, if it is as large; so do updates in place and loops."""
+def _share(i: int, kernel: Kernel, found: dict[Value, Buffer], summed: dict[Value, list[Node]]) -> None:
+    """A fusion writes into an operand that nobody reads again, if it is as large; so do updates in place and loops.
+
+    Not where one kernel with it sums that operand.
+    """
     op = kernel.node.op
     if not kernel.fused and op not in IN_PLACE and op not in LOOPS:
         return
-    free = [found[v] for v in kernel.ins if v in found and found[v].dies == i and found[v].born < i]
+    last = [v for v in kernel.ins if v in found and found[v].dies == i and found[v].born < i]
+    beside = lambda sum_: not any(needs(v, out) for v in kernel.node.ins for out in sum_.outs)
+    free = [found[v] for v in last if not any(map(beside, summed.get(v, ())))]
     for out in kernel.outs:
         mine = found.get(out)
         match = next((b for b in free if mine and b.size == mine.size and b.value.host == out.host), None)

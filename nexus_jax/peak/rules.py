@@ -66,6 +66,7 @@ class Backend:
         fused_softmax: a log-softmax is one kernel with its maximum, and writes what it subtracted that from.
         maximum_of_halves: but not of bfloat16 logits, whose maximum is taken before they are widened.
         softmax_apart: and does so beside what it reads, not into its place.
+        fused_sums: what reads the same values as a sum, and does not need it, is one kernel with it.
         outputs_reused: the memory of a result serves for temporaries until the result is written.
         stacked_last: in a loop's body, what only its stacked results need runs last.
         greedy: what frees memory for what it makes runs first; else the best of some orders is taken.
@@ -87,6 +88,7 @@ class Backend:
     fused_softmax: bool
     maximum_of_halves: bool
     softmax_apart: bool
+    fused_sums: bool
     outputs_reused: bool
     stacked_last: bool
     greedy: bool
@@ -251,6 +253,7 @@ GPU = Backend(
     fused_softmax=True,
     maximum_of_halves=False,
     softmax_apart=False,
+    fused_sums=False,
     outputs_reused=True,
     stacked_last=True,
     greedy=False,
@@ -269,6 +272,7 @@ TPU = Backend(
     fused_softmax=True,
     maximum_of_halves=True,
     softmax_apart=True,
+    fused_sums=True,
     outputs_reused=False,
     stacked_last=False,
     greedy=True,
