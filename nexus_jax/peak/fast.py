@@ -79,7 +79,7 @@ class _Assignment:
     def walk(self, buffer: Buffer, in_memory: bool) -> tuple[int, int] | None:
         """Place one buffer; from when to when it is in device memory."""
         size = buffer.size
-        points = sorted({*buffer.uses, buffer.dies} if in_memory else {buffer.born, *buffer.uses, buffer.dies})
+        points = sorted({*buffer.uses, max(buffer.dies, buffer.uses[-1])})
         if len(points) == 1 and not in_memory:
             points *= 2
         first = last = None  # in device memory
@@ -94,7 +94,9 @@ class _Assignment:
             first = points[0] + 1 if first is None else first  # copied out as soon as it is made, till it is back
             fast = self.fetch(a + 1, b, size)
             last = max(a, b - 1 if fast else b)
-        return None if first is None else (first, points[0] if last is None else last)
+        if first is None:
+            return None
+        return first, min(points[0] if last is None else last, buffer.dies)  # dies: another value takes its place
 
     def stay(self, a: int, b: int, size: int) -> bool:
         return self.clock[b] - self.clock[a] <= self.longest and self.take(a, b, size)

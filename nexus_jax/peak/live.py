@@ -135,7 +135,8 @@ def _stacks(order: list[Kernel], backend: Backend) -> list[Buffer]:
                     loops.setdefault(value, []).append(i)
     copies = {v: Value(v.shape, jax.numpy.dtype("bfloat16")) for v in loops}
     size = backend.sizer()
-    return [Buffer(copies[v], size(copies[v]), max(at[0] - 1, 0), at[-1], at) for v, at in loops.items()]
+    first = {v: max(at[0] - 1, 0) for v, at in loops.items()}
+    return [Buffer(copies[v], size(copies[v]), first[v], at[-1], [first[v], *at]) for v, at in loops.items()]
 
 
 def _arguments(order: list[Kernel], size: Sizes) -> list[Buffer]:
@@ -178,7 +179,7 @@ def _hand_on(order: list[Kernel], graph: Graph, found: dict[Value, Buffer], loop
 def _share(i: int, kernel: Kernel, found: dict[Value, Buffer], summed: dict[Value, list[Node]]) -> None:
     """A fusion writes into an operand that nobody reads again, if it is as large; so do updates in place and loops.
 
-    Not where one kernel with it sums that operand.
+    Not where one kernel with it sums that operand, or what it makes: that is no elementwise fusion.
     """
     op = kernel.node.op
     if not kernel.fused and op not in IN_PLACE and op not in LOOPS:
@@ -188,6 +189,7 @@ def _share(i: int, kernel: Kernel, found: dict[Value, Buffer], summed: dict[Valu
     free = [found[v] for v in last if not any(map(beside, summed.get(v, ())))]
     for out in kernel.outs:
         mine = found.get(out)
+        mine = None if out in summed else mine
         match = next((b for b in free if mine and b.size == mine.size and b.value.host == out.host), None)
         if match is not None:
             match.dies = i - 1
