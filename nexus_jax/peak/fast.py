@@ -15,6 +15,7 @@ import math
 
 import numpy as np
 
+from nexus_jax.peak.graph import Value
 from nexus_jax.peak.heap import Buffer
 
 _LONGEST = 10.0  # a value waits as long as it takes to fill VMEM this many times: max_overlap_to_mem_size_async_copy_ratio
@@ -29,23 +30,36 @@ class Costs:
     bandwidth: float
 
 
-def outside(buffers: list[Buffer], arguments: list[Buffer], loops: list[int], capacity: int, costs: Costs) -> list[Buffer]:
-    """Those of ``buffers`` that are in device memory, from when to when they are.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """What VMEM holds inside a loop, and the values that it carries: those may be there too."""
+
+    inside: int
+    carried: frozenset[Value]
+
+
+def outside(
+    buffers: list[Buffer], arguments: list[Buffer], loops: dict[int, Loop], capacity: int, costs: Costs
+) -> tuple[list[Buffer], int]:
+    """Those of ``buffers`` that are in device memory, from when to when they are; and the most that VMEM holds.
 
     Args:
         arguments: they are in device memory all the time, and are copied to VMEM for their uses.
-        loops: which kernels are loops, sorted: nothing waits for the end of one.
+        loops: by kernel: nothing but what they carry waits for the end of one.
         capacity: bytes of VMEM.
         costs: of the kernels.
     """
-    return _Assignment(loops, capacity, costs).run(buffers, arguments)
+    found = _Assignment(loops, capacity, costs)
+    return found.run(buffers, arguments), int(found.used.max())
 
 
 class _Assignment:
-    def __init__(self, loops: list[int], capacity: int, costs: Costs):
-        self.loops, self.capacity, self.costs = loops, capacity, costs
+    def __init__(self, loops: dict[int, Loop], capacity: int, costs: Costs):
+        self.loops, self.at, self.capacity, self.costs = loops, sorted(loops), capacity, costs
         count = len(costs.moved)
         self.used = np.zeros(count + 2, np.int64)
+        for i, loop in loops.items():
+            self.used[i] = loop.inside
         seconds = [max(m, c) for m, c in zip(costs.moved, costs.multiplied, strict=True)]
         self.clock = np.concatenate([[0.0], np.cumsum(seconds), [math.inf]])  # when each kernel begins
         self.longest = _LONGEST * capacity / costs.bandwidth
@@ -62,7 +76,7 @@ class _Assignment:
 
     def fetched_early(self, arguments: list[Buffer]) -> None:
         """The largest argument is copied before the program begins, and stays to its last use."""
-        able = [b for b in arguments if b.size <= self.capacity and self.beside(0, b.uses[-1])]
+        able = [b for b in arguments if b.size <= self.capacity and self.beside(b.value, 0, b.uses[-1])]
         if able:
             largest = max(able, key=lambda b: b.size)
             self.used[: largest.uses[-1] + 1] += largest.size
@@ -78,40 +92,39 @@ class _Assignment:
 
     def walk(self, buffer: Buffer, in_memory: bool) -> tuple[int, int] | None:
         """Place one buffer; from when to when it is in device memory."""
-        size = buffer.size
         points = sorted({*buffer.uses, max(buffer.dies, buffer.uses[-1])})
         if len(points) == 1 and not in_memory:
             points *= 2
         first = last = None  # in device memory
-        fast = not in_memory and self.stay(points[0], points[1], size)
+        fast = not in_memory and self.stay(buffer, points[0], points[1])
         if not fast:
             first = points[0]
             if in_memory:
-                fast = self.fetch(0, points[0], size)
+                fast = self.fetch(buffer, 0, points[0])
         for i, (a, b) in enumerate(itertools.pairwise(points)):
-            if fast and ((i == 0 and not in_memory) or self.stay(a + 1, b, size)):
+            if fast and ((i == 0 and not in_memory) or self.stay(buffer, a + 1, b)):
                 continue
             first = points[0] + 1 if first is None else first  # copied out as soon as it is made, till it is back
-            fast = self.fetch(a + 1, b, size)
+            fast = self.fetch(buffer, a + 1, b)
             last = max(a, b - 1 if fast else b)
         if first is None:
             return None
         return first, min(points[0] if last is None else last, buffer.dies)  # dies: another value takes its place
 
-    def stay(self, a: int, b: int, size: int) -> bool:
-        return self.clock[b] - self.clock[a] <= self.longest and self.take(a, b, size)
+    def stay(self, buffer: Buffer, a: int, b: int) -> bool:
+        return self.clock[b] - self.clock[a] <= self.longest and self.take(buffer, a, b)
 
-    def fetch(self, after: int, use: int, size: int) -> bool:
+    def fetch(self, buffer: Buffer, after: int, use: int) -> bool:
         """Whether a value can be copied to VMEM for a use; it takes room while it is copied."""
-        start = bisect.bisect_right(self.clock, self.clock[use] - size / self.costs.bandwidth) - 1
-        return start >= after and self.take(start, use, size)
+        start = bisect.bisect_right(self.clock, self.clock[use] - buffer.size / self.costs.bandwidth) - 1
+        return start >= after and self.take(buffer, start, use)
 
-    def take(self, a: int, b: int, size: int) -> bool:
-        if not self.beside(a, b) or self.used[a : b + 1].max() + size > self.capacity:
+    def take(self, buffer: Buffer, a: int, b: int) -> bool:
+        if not self.beside(buffer.value, a, b) or self.used[a : b + 1].max() + buffer.size > self.capacity:
             return False
-        self.used[a : b + 1] += size
+        self.used[a : b + 1] += buffer.size
         return True
 
-    def beside(self, a: int, b: int) -> bool:
-        at = bisect.bisect_left(self.loops, a)
-        return at == len(self.loops) or self.loops[at] > b
+    def beside(self, value: Value, a: int, b: int) -> bool:
+        between = self.at[bisect.bisect_left(self.at, a) : bisect.bisect_right(self.at, b)]
+        return all(i in (a, b) and value in self.loops[i].carried for i in between)

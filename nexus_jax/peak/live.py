@@ -32,6 +32,7 @@ class Life:
     Attributes:
         temp: bytes of device memory.
         host: bytes of host memory at its own peak.
+        fast: bytes of VMEM at their own peak.
         at_peak: the values alive at the peak of device memory, largest first.
         inner: of a loop that runs at the peak, its body's.
         node: what runs at the peak; None in an empty program.
@@ -39,6 +40,7 @@ class Life:
 
     temp: int
     host: int
+    fast: int
     at_peak: tuple[Buffer, ...]
     inner: Life | None
     node: Node | None
@@ -62,10 +64,12 @@ def _simulated(order: list[Kernel], graph: Graph, backend: Backend, size: Sizes,
     if backend.outputs_reused:
         results = [b for b in buffers if not b.value.host and b.value in outputs]
         temporaries = heap.outside_results(temporaries, results)
+    most = 0
     if backend.fast_bytes:
         arguments = [] if body is not None else _arguments(order, size)
         costs = _costs(order, backend, size)
-        temporaries = fast.outside(temporaries, arguments, sorted(inner), backend.fast_bytes, costs)
+        loops = {i: fast.Loop(inside=x.fast, carried=_carried(order[i])) for i, x in inner.items()}
+        temporaries, most = fast.outside(temporaries, arguments, loops, backend.fast_bytes, costs)
     spans = [(b.born, b.dies, b.size) for b in temporaries]
     spans += [(i, i, x.temp) for i, x in inner.items()]
     spans += [(i, i, backend.scratch(k.node)) for i, k in enumerate(order)]
@@ -76,7 +80,7 @@ def _simulated(order: list[Kernel], graph: Graph, backend: Backend, size: Sizes,
     host, _ = heap.peak(on_host + [(i, i, x.host) for i, x in inner.items()], count)
     alive = sorted((b for b in temporaries if b.born <= when <= b.dies), key=lambda b: -b.size)
     node = order[when].node if order else None
-    return Life(temp=temp, host=host, at_peak=tuple(alive), inner=inner.get(when), node=node)
+    return Life(temp=temp, host=host, fast=most, at_peak=tuple(alive), inner=inner.get(when), node=node)
 
 
 def _step(loop: Node, backend: Backend, size: Sizes) -> Life:
@@ -148,6 +152,16 @@ def _arguments(order: list[Kernel], size: Sizes) -> list[Buffer]:
                 if value.argument and not value.host:
                     uses.setdefault(value, []).append(i)
     return [Buffer(v, size.kept(v), at[0], at[-1], at) for v, at in uses.items()]
+
+
+def _carried(loop: Kernel) -> frozenset[Value]:
+    """What a scan takes from its step before: as it is given, and as it is made."""
+    node = loop.node
+    if node.op != "scan":
+        return frozenset()
+    first, count = node.params["consts"], node.params["carried"]
+    given = zip(node.ins, node.params["operands"], strict=True)
+    return frozenset((*(root(v) for v, i in given if first <= i < first + count), *node.outs[:count]))
 
 
 def _costs(order: list[Kernel], backend: Backend, size: Sizes) -> fast.Costs:
