@@ -171,8 +171,9 @@ class _Builder:
         params = {**eqn.params, **_loop_counts(eqn)} if bodies else eqn.params
         if name == "scan":
             params["operands"] = [i for i, v in enumerate(eqn.invars) if not isinstance(v, jex.Literal)]
-        if name == "dot_general":  # the value may be another's, of another shape
-            params = {**params, "lhs_shape": tuple(eqn.invars[0].aval.shape)}
+        if name in ("dot_general", "conv_general_dilated"):  # the value may be another's, of another shape
+            lhs, rhs = (tuple(v.aval.shape) for v in eqn.invars)
+            params = {**params, "lhs_shape": lhs, "rhs_shape": rhs}
         self.append(Node(name, ins, outs, params, scope, bodies=bodies))
 
     def append(self, node: Node) -> None:

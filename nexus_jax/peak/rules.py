@@ -191,7 +191,7 @@ def flops(node: Node) -> int:
     results = math.prod(node.outs[0].shape)
     if node.op == "dot_general":
         return 2 * results * _sums(node)
-    kernel = node.ins[1].shape
+    kernel = node.params["rhs_shape"]
     return 2 * results * math.prod(kernel) // kernel[node.params["dimension_numbers"].rhs_spec[0]]
 
 
