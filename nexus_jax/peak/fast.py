@@ -18,6 +18,7 @@ import numpy as np
 from nexus_jax.peak.graph import Value
 from nexus_jax.peak.heap import Buffer
 
+_SLICED, _SLICES = 2**20, 4  # what is as large comes to VMEM in slices, of which each has two descriptors
 _LONGEST = 10.0  # a value waits as long as it takes to fill VMEM this many times: max_overlap_to_mem_size_async_copy_ratio
 
 
@@ -38,10 +39,19 @@ class Loop:
     carried: frozenset[Value]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assigned:
+    """Buffers in device memory, the most bytes that VMEM holds, and how many descriptors the copies between them have."""
+
+    outside: list[Buffer]
+    most: int
+    descriptors: int
+
+
 def outside(
     buffers: list[Buffer], arguments: list[Buffer], loops: dict[int, Loop], capacity: int, costs: Costs
-) -> tuple[list[Buffer], int]:
-    """Those of ``buffers`` that are in device memory, from when to when they are; and the most that VMEM holds.
+) -> Assigned:
+    """Which of ``buffers`` are in device memory, and from when to when.
 
     Args:
         arguments: they are in device memory all the time, and are copied to VMEM for their uses.
@@ -50,7 +60,7 @@ def outside(
         costs: of the kernels.
     """
     found = _Assignment(loops, capacity, costs)
-    return found.run(buffers, arguments), int(found.used.max())
+    return Assigned(outside=found.run(buffers, arguments), most=int(found.used.max()), descriptors=found.descriptors)
 
 
 class _Assignment:
@@ -58,6 +68,7 @@ class _Assignment:
         self.loops, self.at, self.capacity, self.costs = loops, sorted(loops), capacity, costs
         count = len(costs.moved)
         self.used = np.zeros(count + 2, np.int64)
+        self.descriptors = 0
         for i, loop in loops.items():
             self.used[i] = loop.inside
         seconds = [max(m, c) for m, c in zip(costs.moved, costs.multiplied, strict=True)]
@@ -104,7 +115,9 @@ class _Assignment:
         for i, (a, b) in enumerate(itertools.pairwise(points)):
             if fast and ((i == 0 and not in_memory) or self.stay(buffer, a + 1, b)):
                 continue
-            first = points[0] + 1 if first is None else first  # copied out as soon as it is made, till it is back
+            if first is None:  # copied out as soon as it is made, and there till it is back
+                first = points[0] + 1
+                self.descriptors += 1
             fast = self.fetch(buffer, a + 1, b)
             last = max(a, b - 1 if fast else b)
         if first is None:
@@ -117,7 +130,10 @@ class _Assignment:
     def fetch(self, buffer: Buffer, after: int, use: int) -> bool:
         """Whether a value can be copied to VMEM for a use; it takes room while it is copied."""
         start = bisect.bisect_right(self.clock, self.clock[use] - buffer.size / self.costs.bandwidth) - 1
-        return start >= after and self.take(buffer, start, use)
+        if start < after or not self.take(buffer, start, use):
+            return False
+        self.descriptors += 2 * _SLICES if buffer.size >= _SLICED else 1
+        return True
 
     def take(self, buffer: Buffer, a: int, b: int) -> bool:
         if not self.beside(buffer.value, a, b) or self.used[a : b + 1].max() + buffer.size > self.capacity:

@@ -64,18 +64,20 @@ def _simulated(order: list[Kernel], graph: Graph, backend: Backend, size: Sizes,
     if backend.outputs_reused:
         results = [b for b in buffers if not b.value.host and b.value in outputs]
         temporaries = heap.outside_results(temporaries, results)
-    most = 0
+    most = descriptors = 0
     if backend.fast_bytes:
         arguments = [] if body is not None else _arguments(order, size)
         costs = _costs(order, backend, size)
         loops = {i: fast.Loop(inside=x.fast, carried=_carried(order[i])) for i, x in inner.items()}
-        temporaries, most = fast.outside(temporaries, arguments, loops, backend.fast_bytes, costs)
+        assigned = fast.outside(temporaries, arguments, loops, backend.fast_bytes, costs)
+        temporaries, most = assigned.outside, assigned.most
+        descriptors = assigned.descriptors * backend.descriptor_bytes
     spans = [(b.born, b.dies, b.size) for b in temporaries]
     spans += [(i, i, x.temp) for i, x in inner.items()]
     spans += [(i, i, backend.scratch(k.node)) for i, k in enumerate(order)]
     temp, when = heap.peak(spans, count)
     if backend.reports_holes_twice and body is None:
-        temp = _reported(spans, inner, count, backend)
+        temp = _reported(spans, inner, count, descriptors)
     on_host = [(b.born, b.dies, b.size) for b in buffers if b.value.host]
     host, _ = heap.peak(on_host + [(i, i, x.host) for i, x in inner.items()], count)
     alive = sorted((b for b in temporaries if b.born <= when <= b.dies), key=lambda b: -b.size)
@@ -87,12 +89,12 @@ def _step(loop: Node, backend: Backend, size: Sizes) -> Life:
     return max((life(body, backend, size, loop) for body in loop.bodies), key=lambda x: x.temp)
 
 
-def _reported(spans: list[heap.Span], inner: dict[int, Life], count: int, backend: Backend) -> int:
+def _reported(spans: list[heap.Span], inner: dict[int, Life], count: int, descriptors: int) -> int:
     """Temporaries as libtpu reports them: what it allots, plus once more the part of it that it counts as holes.
 
     It counts as holes all but what is alive at the peak, and forgets of that what a loop made, once the loop is over.
     """
-    allotted = heap.first_come(spans, count) + count * backend.descriptor_bytes
+    allotted = heap.first_come(spans, count) + descriptors
     alive, _ = heap.peak([(a, a, s) if a in inner else (a, b, s) for a, b, s in spans], count)
     return 2 * allotted - alive
 

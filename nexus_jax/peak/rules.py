@@ -76,7 +76,7 @@ class Backend:
         fast_bytes: memory beside the device's (VMEM) in which the compiler keeps what is used soon.
         bandwidth, flops: of the device, in bytes/s and in FLOP/s of matmuls, by which it chooses what to keep there.
         split_k: matmuls with few results and long sums are done in parts, each with partial sums of its own.
-        descriptor_bytes: what the descriptors of one kernel's copies to VMEM and back take in the heap.
+        descriptor_bytes: what a descriptor of a copy to VMEM or back takes in the heap, all the time.
     """
 
     tiled: bool
@@ -282,5 +282,5 @@ TPU = Backend(
     fast_bytes=112 * MIB,  # of v5e's 128 MiB
     bandwidth=819e9,
     flops=197e12,
-    descriptor_bytes=2 * 16 * 1024,
+    descriptor_bytes=16 * 1024,
 )
