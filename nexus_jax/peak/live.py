@@ -71,7 +71,7 @@ def _simulated(order: list[Kernel], graph: Graph, backend: Backend, size: Sizes,
         loops = {i: fast.Loop(inside=x.fast, carried=_carried(order[i])) for i, x in inner.items()}
         assigned = fast.outside(temporaries, arguments, loops, backend.fast_bytes, costs)
         temporaries, most = assigned.outside, assigned.most
-        descriptors = assigned.descriptors * backend.descriptor_bytes
+        descriptors = (assigned.descriptors + _sums(order)) * backend.descriptor_bytes
     spans = [(b.born, b.dies, b.size) for b in temporaries]
     spans += [(i, i, x.temp) for i, x in inner.items()]
     spans += [(i, i, backend.scratch(k.node)) for i, k in enumerate(order)]
@@ -154,6 +154,11 @@ def _arguments(order: list[Kernel], size: Sizes) -> list[Buffer]:
                 if value.argument and not value.host:
                     uses.setdefault(value, []).append(i)
     return [Buffer(v, size.kept(v), at[0], at[-1], at) for v, at in uses.items()]
+
+
+def _sums(order: list[Kernel]) -> int:
+    """How many kernels have a sum as one of several results: sums of the same values are one kernel."""
+    return len({frozenset(k.ins) for k in order if k.node.op in REDUCTIONS and k.ins})
 
 
 def _carried(loop: Kernel) -> frozenset[Value]:
