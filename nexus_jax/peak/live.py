@@ -102,9 +102,7 @@ def _reported(spans: list[heap.Span], inner: dict[int, Life], count: int, descri
 # --- lifetimes -------------------------------------------------------------------------------------------------------
 
 
-def _buffers(
-    order: list[Kernel], graph: Graph, backend: Backend, size: Sizes, body: Node | None
-) -> list[Buffer]:
+def _buffers(order: list[Kernel], graph: Graph, backend: Backend, size: Sizes, body: Node | None) -> list[Buffer]:
     found: dict[Value, Buffer] = {}
     for i, kernel in enumerate(order):
         for value in kernel.ins:

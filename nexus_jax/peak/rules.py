@@ -241,7 +241,9 @@ def padded(shape: tuple[int, ...], dtype: Any, tiled: tuple[int, ...] | None = N
     return (given if given < _WORTH * best else best) * itemsize
 
 
-_WORTH = 1.1  # as often as much must another layout take less; seen: 1.05 is kept (145 tokens in tiles of 8), 1.13 is not
+_WORTH = (
+    1.1  # as often as much must another layout take less; seen: 1.05 is kept (145 tokens in tiles of 8), 1.13 is not
+)
 
 
 def _up(n: int, multiple: int) -> int:
