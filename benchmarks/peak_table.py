@@ -38,8 +38,23 @@ DEVELOPED = [
     "unet:all",
     "mlp:none",
     "mlp:all",
+    "patches:none",
+    "patches:all",
 ]
-HELD_OUT = ["llama:none", "llama:all", "vit:none", "vit:all", "moe:none", "moe:all"]
+HELD_OUT = [
+    "llama:none",
+    "llama:all",
+    "vit:none",
+    "vit:all",
+    "moe:none",
+    "moe:all",
+    "translator:none",
+    "translator:all",
+    "resnet:none",
+    "wavenet:none",
+    "recurrent:none",
+    "recommender:none",
+]
 
 
 def one(name, targets, compiled):

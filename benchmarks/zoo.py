@@ -183,6 +183,47 @@ def moe(policy="none", batch=8, length=256, layers=2, d=384, vocab=4096, heads=6
     return _language_model(MoE(layers, d, heads, vocab, experts), policy, batch, length)
 
 
+class Decoder(nn.Module):
+    heads: int
+
+    @nn.compact
+    def __call__(self, x, read):
+        norm = lambda name: nn.LayerNorm(dtype=BF16, use_bias=False, name=name)
+        attend = lambda name: nn.MultiHeadDotProductAttention(self.heads, dtype=BF16, use_bias=False, name=name)
+        mask = nn.make_causal_mask(jnp.ones(x.shape[:2]))
+        y = norm("norm_0")(x)
+        x = x + attend("own")(y, y, mask=mask)
+        x = x + attend("cross")(norm("norm_1")(x), read)
+        y = nn.relu(nn.Dense(4 * x.shape[-1], use_bias=False, dtype=BF16, name="up")(norm("norm_2")(x)))
+        return x + nn.Dense(x.shape[-1], use_bias=False, dtype=BF16, name="down")(y)
+
+
+class Translator(nn.Module):
+    layers: int
+    d: int
+    heads: int
+    vocab: int
+
+    @nn.compact
+    def __call__(self, source, target):
+        embed = nn.Embed(self.vocab, self.d, dtype=BF16, name="embed")
+        x, y = embed(source), embed(target)
+        for i in range(self.layers):
+            x = models.Block(self.heads, dtype=BF16, name=f"encoder_{i}")(x)
+        x = nn.LayerNorm(dtype=BF16, name="norm")(x)
+        for i in range(self.layers):
+            y = Decoder(self.heads, name=f"decoder_{i}")(y, x)
+        return embed.attend(nn.LayerNorm(dtype=BF16, name="last")(y))
+
+
+def translator(policy="none", batch=16, length=320, answer=96, layers=3, d=384, vocab=12000, heads=6):
+    """Encoder and decoder: every decoder layer reads the encoder's result, which lives from the middle to the end."""
+    model = _wrapped(Translator(layers, d, heads, vocab), policy)
+    source, target = _tokens(batch, length), _tokens(batch, answer)
+    params = jax.eval_shape(model.init, jax.random.key(0), source, target)
+    return (lambda p, s, t: models.loss_of(model.apply(p, s, t), t)), (params, source, target)
+
+
 class OffloadStep(nn.Module):
     heads: int
 
@@ -257,6 +298,28 @@ def vit(policy="none", batch=32, size=224, patch=16, layers=3, d=384, heads=6):
     return (lambda p, x, y: _cross_entropy(model.apply(p, x), y)), (params, images, labels)
 
 
+class Patches(nn.Module):
+    layers: int
+    d: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, patches):
+        x = nn.Dense(self.d, dtype=BF16, name="project")(patches)
+        x = x + self.param("pos", nn.initializers.normal(0.02), x.shape[1:]).astype(BF16)
+        for i in range(self.layers):
+            x = models.Block(self.heads, dtype=BF16, name=f"blocks_{i}")(x)
+        return nn.Dense(patches.shape[-1], name="out")(nn.LayerNorm(dtype=BF16, name="norm")(x))
+
+
+def patches(policy="none", batch=24, tokens=145, features=588, layers=4, d=256, heads=4):
+    """A masked autoencoder's encoder: 145 tokens, small enough for most of it to fit on a TPU's chip."""
+    model = _wrapped(Patches(layers, d, heads), policy)
+    x = _shape(batch, tokens, features)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    return (lambda p, x: jnp.mean((model.apply(p, x) - x) ** 2)), (params, x)
+
+
 class ConvBlock(nn.Module):
     features: int
 
@@ -294,7 +357,134 @@ def unet(policy="none", batch=16, size=128, widths=(32, 64, 128)):
     return (lambda p, x, y: jnp.mean((model.apply(p, x) - y) ** 2)), (params, images, wanted)
 
 
+class Residual(nn.Module):
+    features: int
+    strides: int
+
+    @nn.compact
+    def __call__(self, x):
+        conv = lambda n, kernel, strides, name: nn.Conv(n, kernel, strides, use_bias=False, dtype=BF16, name=name)
+        norm = lambda name: nn.BatchNorm(use_running_average=False, dtype=BF16, name=name)
+        y = nn.relu(norm("norm_0")(conv(self.features, (1, 1), 1, "conv_0")(x)))
+        y = nn.relu(norm("norm_1")(conv(self.features, (3, 3), self.strides, "conv_1")(y)))
+        y = norm("norm_2")(conv(4 * self.features, (1, 1), 1, "conv_2")(y))
+        if x.shape != y.shape:
+            x = norm("norm")(conv(4 * self.features, (1, 1), self.strides, "conv")(x))
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    stages: tuple
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(64, (7, 7), 2, use_bias=False, dtype=BF16, name="stem")(x)
+        x = nn.max_pool(nn.relu(nn.BatchNorm(use_running_average=False, dtype=BF16, name="norm")(x)), (3, 3), (2, 2))
+        for i, count in enumerate(self.stages):
+            for j in range(count):
+                x = Residual(64 * 2**i, 2 if i and not j else 1, name=f"stage_{i}_{j}")(x)
+        return nn.Dense(1000, name="head")(jnp.mean(x.astype(jnp.float32), (1, 2)))
+
+
+def resnet(policy="none", batch=32, size=160, stages=(2, 2, 2)):
+    """Bottleneck blocks with batch statistics, which the loss returns beside its value."""
+    model = _wrapped(ResNet(stages), policy)
+    images, labels = _shape(batch, size, size, 3), _shape(batch, dtype=jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def loss(params, stats, x, y):
+        logits, _ = model.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+        return _cross_entropy(logits, y)
+
+    return loss, (variables["params"], variables["batch_stats"], images, labels)
+
+
+# --- sequences without attention -------------------------------------------------------------------------------------
+
+
+class Dilated(nn.Module):
+    features: int
+    dilation: int
+
+    @nn.compact
+    def __call__(self, x):
+        conv = lambda name: nn.Conv(self.features, (3,), kernel_dilation=self.dilation, name=name)
+        y = nn.tanh(conv("filter")(x)) * nn.sigmoid(conv("gate")(x))
+        return x + nn.Dense(self.features, name="mix")(y), nn.Dense(2 * self.features, name="skip")(y)
+
+
+class WaveNet(nn.Module):
+    layers: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        x, total = nn.Conv(self.features, (1,), name="first")(x), 0
+        for i in range(self.layers):
+            x, skip = Dilated(self.features, 2**i, name=f"dilated_{i}")(x)
+            total = total + skip
+        return nn.Dense(256, name="out")(nn.relu(nn.Dense(2 * self.features, name="last")(nn.relu(total))))
+
+
+def wavenet(policy="none", batch=8, length=4000, layers=7, features=96):
+    """Dilated convolutions over sound, gated, every layer's output summed at the end, f32."""
+    model = _wrapped(WaveNet(layers, features), policy)
+    x, y = _shape(batch, length, 1), _shape(batch, length, dtype=jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    return (lambda p, x, y: _cross_entropy(model.apply(p, x), y)), (params, x, y)
+
+
+class Recurrent(nn.Module):
+    layers: int
+    d: int
+    vocab: int
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(self.vocab, self.d, name="embed")(tokens)
+        for i in range(self.layers):
+            x = x + nn.RNN(nn.GRUCell(self.d), name=f"rnn_{i}")(x)
+        return nn.Dense(self.vocab, name="head")(x)
+
+
+def recurrent(policy="none", batch=32, length=192, layers=2, d=384, vocab=2000):
+    """GRUs: a scan over time for each layer, f32."""
+    return _language_model(Recurrent(layers, d, vocab), policy, batch, length)
+
+
 # --- neither ---------------------------------------------------------------------------------------------------------
+
+
+class Interactions(nn.Module):
+    tables: int
+    rows: int
+    d: int
+
+    @nn.compact
+    def __call__(self, numbers, ids):
+        x = numbers
+        for i, width in enumerate((256, self.d)):
+            x = nn.relu(nn.Dense(width, name=f"bottom_{i}")(x))
+        found = [nn.Embed(self.rows, self.d, name=f"table_{i}")(ids[:, i]) for i in range(self.tables)]
+        every = jnp.stack([x, *found], 1)
+        pairs = jnp.einsum("bid,bjd->bij", every, every)
+        x = jnp.concatenate([x, pairs.reshape(len(x), -1)], -1)
+        for i, width in enumerate((1024, 512, 256)):
+            x = nn.relu(nn.Dense(width, name=f"top_{i}")(x))
+        return nn.Dense(1, name="out")(x)[:, 0]
+
+
+def recommender(policy="none", batch=16384, tables=12, rows=20000, d=64):
+    """Embedding tables, products of all pairs, an MLP: the parameters are larger than what is computed, f32."""
+    model = _wrapped(Interactions(tables, rows, d), policy)
+    numbers, ids, clicked = _shape(batch, 13), _shape(batch, tables, dtype=jnp.int32), _shape(batch)
+    params = jax.eval_shape(model.init, jax.random.key(0), numbers, ids)
+
+    def loss(params, numbers, ids, clicked):
+        logits = model.apply(params, numbers, ids)
+        return jnp.mean(jnp.logaddexp(0, logits) - clicked * logits)
+
+    return loss, (params, numbers, ids, clicked)
 
 
 class Layer(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 
 import nexus_jax as nj
 from nexus_jax import _compat
-from nexus_jax.peak import graph, heap, predict_peak, rules
+from nexus_jax.peak import fast, fuse, graph, heap, order, predict_peak, rules
 from nexus_jax.program import step_of
 from nexus_jax.targets.compiler import target_mesh
 
@@ -177,13 +177,129 @@ def test_temporaries_wait_in_results_that_are_not_written_yet():
     assert heap.outside_results([early, late, large], results) == [large, late]
 
 
-def test_only_what_is_used_soon_waits_in_vmem_and_never_for_a_loop():
-    make = lambda size, born, dies: heap.Buffer(graph.Value((), np.dtype("float32")), size, born, dies, [born, dies])
-    a, b = make(100, 0, 2), make(100, 0, 3)
-    assert heap.outside_fast([a], [], 100, 5) == []
-    kept = heap.outside_fast([a, b], [], 100, 5)
-    assert {s[2] for s in kept} == {100} and sum(s[1] - s[0] + 1 for s in kept) == 3  # b, but for its last use
-    assert heap.outside_fast([a], [1], 100, 5) == [(0, 1, 100)]
+F32 = np.dtype("float32")
+
+
+def buffer(size, *uses, dies=None):
+    value = graph.Value((), F32)
+    return heap.Buffer(value, size, uses[0], uses[-1] if dies is None else dies, list(uses))
+
+
+def placed(buffers, arguments=(), loops=None, capacity=100, moved=10.0, multiplied=0.0, count=6):
+    """Where the buffers are: kernels of 10 s each, copies of 1 byte/s."""
+    costs = fast.Costs(moved=[moved] * count, multiplied=[multiplied] * count, bandwidth=1.0)
+    found = fast.outside(list(buffers), list(arguments), loops or {}, capacity, costs)
+    return [(b.size, b.born, b.dies) for b in found.outside], found.descriptors
+
+
+def test_what_fits_stays_in_vmem():
+    assert placed([buffer(60, 0, 2), buffer(40, 1, 3)]) == ([], 0)
+    assert placed([buffer(101, 0, 2)]) == ([(101, 0, 2)], 0)
+
+
+def test_what_does_not_fit_is_copied_out_as_soon_as_it_is_made_and_back_in_time():
+    # The large one gains less for its size: it makes place at kernel 2, and comes back in the two kernels before the last.
+    large, small = buffer(20, 0, 1, 5), buffer(90, 2, 2, 3, 3, 3)
+    assert placed([large, small]) == ([(20, 1, 4)], 2)
+
+
+def test_what_multiplies_for_longer_than_it_moves_gains_nothing():
+    costs = lambda multiplied: fast.Costs(moved=[10.0, 10.0], multiplied=multiplied, bandwidth=1.0)
+    gain = lambda multiplied: fast._Assignment({}, 100, costs(multiplied)).gain(buffer(4, 0, 1))
+    assert gain([0.0, 0.0]) == pytest.approx((4 + 4) / 2)
+    assert gain([0.0, 30.0]) == pytest.approx((4 - 20) / 2)
+
+
+def test_the_largest_argument_is_there_from_the_beginning():
+    weights = buffer(80, 1, 4)
+    assert placed([buffer(30, 0, 2)]) == ([], 0)
+    assert placed([buffer(30, 0, 2)], [weights])[0] == [(30, 0, 2)]
+
+
+def test_only_what_a_loop_carries_waits_for_its_end():
+    carried, other = buffer(10, 0, 1), buffer(10, 0, 2)
+    loops = {1: fast.Loop(inside=50, carried=frozenset([carried.value]))}
+    assert placed([carried, other], loops=loops)[0] == [(10, 0, 2)]
+    full = {1: fast.Loop(inside=95, carried=frozenset([carried.value]))}
+    assert placed([carried], loops=full)[0] == [(10, 0, 1)]
+
+
+def kernels_of(fn, *args, target="v5e"):
+    flat = graph.flatten(step_of(fn, args).traced.jaxpr)
+    backend = {"v5e": rules.TPU, "h200": rules.GPU}[target]
+    return fuse.kernels(flat, backend, backend.sizer(flat, halved=False)), flat, backend
+
+
+def test_a_matmul_computes_the_whole_gradient_of_what_follows_it():
+    def loss(ws, x):
+        for w in ws:
+            x = jax.nn.gelu(x @ w)  # its gradient reads the cotangent in four places
+        return jnp.sum(x * x)
+
+    found, _, _ = kernels_of(loss, *chain_arguments(3, rows=8192))
+    large = [k for k in found if max((o.size for o in k.outs), default=0) == 32 * MB]
+    assert {len(k.matmuls) for k in large} == {1}
+    assert len(large) == 3 + 3 + 2  # forward; of the last sum's and of the other layers' inputs
+    unfused, _, _ = kernels_of(loss, *chain_arguments(3, rows=8192), target="h200")
+    assert len([k for k in unfused if max((o.size for o in k.outs), default=0) == 32 * MB]) > 8
+
+
+def test_what_a_checkpoint_saves_for_matmuls_is_bfloat16():
+    layer = jax.checkpoint(lambda w, x: jnp.tanh(x @ w))
+
+    def loss(ws, x):
+        for w in ws:
+            x = layer(w, x)
+        return jnp.sum(x)
+
+    flat = graph.flatten(step_of(loss, chain_arguments(3, rows=8192)).traced.jaxpr)
+    saved = [v for n in flat.nodes if n.op == "tanh" for v in n.outs if any(u.op == "barrier" for u in v.users)]
+    size = rules.TPU.sizer(flat)
+    assert saved and {size(v) for v in saved} == {16 * MB}
+    assert {rules.TPU.sizer(flat, halved=False)(v) for v in saved} == {32 * MB}
+
+
+def scanned(ws, x):
+    return jnp.sum(jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, ws)[0])
+
+
+def test_weights_of_a_scan_are_converted_before_it_on_a_tpu_only():
+    # 4096 float32 columns: 8 x 64 MB of weights, whose bfloat16 copies live beside them
+    args = shape(8, 4096, 4096), shape(512, 4096)
+    copies = [x for x in predict_peak(scanned, *args, target="v5e").at_peak if x.nbytes == 8 * 32 * MB]
+    assert len(copies) == 1
+    assert predict_peak(scanned, *args, target="v5e").temp_bytes > 8 * 32 * MB
+    assert predict_peak(scanned, *args, target="h200").temp_bytes < 8 * 32 * MB
+
+
+def language(w, x, y):
+    logp = jax.nn.log_softmax((x @ w).astype(jnp.float32))
+    return -jnp.mean(jnp.take_along_axis(logp, y[:, None], -1))
+
+
+def test_the_loss_of_a_language_model_comes_last():
+    args = shape(512, 32768, dtype=jnp.bfloat16), shape(4096, 512, dtype=jnp.bfloat16), shape(4096, dtype=jnp.int32)
+    found, flat, backend = kernels_of(language, *args)
+    [ordered] = order.orders(found, flat, backend, None)
+    large = [k.node.op for k in ordered if k.outs and k.outs[0].size == 4096 * 32768 * 4]
+    gradient = max(i for i, k in enumerate(ordered) if k.matmuls)
+    loss = next(i for i, k in enumerate(ordered) if k.outs and k.outs[0].size == 4096 * 32768 * 4)
+    assert large == ["sub"] and loss > gradient
+
+
+def test_images_of_one_size_keep_their_own_features():
+    # 64 x 64 x 32 and 32 x 32 x 128 are as many elements: each is padded by its own features
+    def loss(ws, x):
+        x = jax.lax.conv_general_dilated(x, ws[0], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jax.lax.conv_general_dilated(x, ws[1], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.sum(x * x)
+
+    args = (shape(3, 3, 32, 32), shape(3, 3, 32, 128)), shape(16, 64, 64, 32)
+    flat = graph.flatten(step_of(loss, args).traced.jaxpr)
+    size = rules.TPU.sizer(flat, halved=False)
+    made = {o.shape: size(o) for n in flat.nodes if n.op == "conv_general_dilated" for o in n.outs}
+    assert made[16, 32, 32, 128] == 16 * 32 * 32 * 128 * 4
+    assert made[16, 64, 64, 32] == 4 * 16 * 64 * 64 * 32 * 4
 
 
 # --- against the compilers -------------------------------------------------------------------------------------------

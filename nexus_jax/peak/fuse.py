@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from nexus_jax.peak.graph import Graph, Node, Value, root
+from nexus_jax.peak.graph import Graph, Node, Value, needs, root
 from nexus_jax.peak.rules import CONTRACTIONS, EXPENSIVE, FUSIBLE, REDUCTIONS, Backend
 
 _MANY = 8  # readers; more are as many
 _WIDE = 24  # sources of one fusion
+_WIDEST = 32  # elementwise operations that a matmul computes on its way out; a GELU's gradient has 14
 _LONGEST_ROW = 16384  # of a softmax that is one kernel; seen: 8192 is one, 32768 is not
 
 
@@ -17,7 +18,7 @@ _LONGEST_ROW = 16384  # of a softmax that is one kernel; seen: 8192 is one, 3276
 class Kernel:
     """One thing that the device runs: reads ``ins``, writes ``outs``, at ``position`` of the program.
 
-    ``fused``: a fusion of elementwise operations, and no matmul, reduction or anything else.
+    ``fused``: a fusion of elementwise operations, and no matmul, reduction or anything else. ``matmuls``: those in it.
     """
 
     node: Node
@@ -25,6 +26,7 @@ class Kernel:
     outs: list[Value]
     position: float
     fused: bool
+    matmuls: tuple[Node, ...]
 
 
 def kernels(graph: Graph, backend: Backend, size: Callable[[Value], int]) -> list[Kernel]:
@@ -47,13 +49,25 @@ class _Fusion:
     def _require(self, node: Node) -> None:
         """What is written whatever reads it: results that no fusion computes, operands that none can."""
         fusible = self.fusible(node)
-        if not fusible or (self.backend.fused_softmax and _is_shift(node)):
+        if not fusible or self._is_softmax(node):
             self.written.update(node.outs)
         if fusible or (node.op in CONTRACTIONS and self.backend.fused_operands):
             return
         if node.op in REDUCTIONS and not (node.op == "select_and_scatter_add" and self.backend.tiled):
             return
-        self.written.update(node.ins)
+        sunk = self._sunk(node) if self.backend.sunk_broadcasts and node.op == "scan" else ()
+        self.written.update(v for v in node.ins if v not in sunk)
+
+    def _sunk(self, loop: Node) -> list[Value]:
+        given = zip(loop.ins, loop.params["operands"], strict=True)
+        consts = [v for v, i in given if i < loop.params["consts"]]
+        return [v for v in consts if v.node is not None and v.node.op == "broadcast_in_dim"]
+
+    def _is_softmax(self, node: Node) -> bool:
+        if not (self.backend.fused_softmax and _is_shift(node)):
+            return False
+        maker = node.ins[0].node
+        return not (self.backend.maximum_of_halves and maker is not None and maker.op == "convert_element_type")
 
     def fusible(self, node: Node) -> bool:
         """Whether a fusion may hold this operation."""
@@ -64,18 +78,41 @@ class _Fusion:
         return node.op in FUSIBLE
 
     def _sink(self) -> None:
-        """A matmul whose result has one elementwise reader computes that on its way out."""
+        """A matmul computes on its way out what is made of its result alone and ends in one value."""
         for node in self.graph.nodes:
-            if node.op not in CONTRACTIONS:
-                continue
-            [out] = node.outs
-            while len(out.users) == 1 and self.fusible(out.users[0]) and out not in self.results:
-                user = out.users[0]
-                if len(user.outs) != 1 or not self._small(user, out):
-                    break
-                self.written.discard(out)
-                out = user.outs[0]
-                self.written.add(out)
+            if node.op in CONTRACTIONS:
+                [out] = node.outs
+                end = self._end(out)
+                if end is not out:
+                    self.written.discard(out)
+                    self.written.add(end)
+
+    def _end(self, out: Value) -> Value:
+        """The last and least value that all paths from a matmul's result run through, over elementwise operations."""
+        inner, waiting, end = {out}, list(out.users), out
+        unread = {out: len(out.users)}  # of each value inside, its readers that are not inside
+        for _ in range(_WIDEST):
+            waiting.sort(key=lambda n: -n.position)
+            user = next((n for n in reversed(waiting) if self._joins(n, inner, out)), None)
+            if user is None or any(v in self.results for v in user.ins if v in inner):
+                break
+            waiting.remove(user)
+            for value in inner.intersection(user.ins):
+                unread[value] -= 1
+            [made] = user.outs
+            inner.add(made)
+            unread[made] = len(made.users)
+            waiting += [n for n in made.users if n not in waiting]
+            alone = all(count == 0 for value, count in unread.items() if value is not made)
+            if alone and (self.size(made) <= self.size(end) or made in self.results):
+                end = made
+        return end
+
+    def _joins(self, user: Node, inner: set[Value], out: Value) -> bool:
+        """Whether an operation can be computed with a matmul's result: what else it reads does not wait for that."""
+        if len(user.outs) != 1 or not self.fusible(user) or not self._small(user, out):
+            return False
+        return not any(needs(v, out) for v in user.ins if v not in inner)
 
     def _small(self, user: Node, out: Value) -> bool:
         """Whether an operation keeps a matmul's result as it is, or makes less of it."""
@@ -135,19 +172,24 @@ class _Fusion:
     def kernels(self) -> list[Kernel]:
         """One for each operation that writes something."""
         self.sources = {}
+        held: dict[Value, dict[Node, None]] = {}  # the matmuls of what is not written
         found = []
         for node in self.graph.nodes:
             sources = self._sources(node)
+            matmuls = {m: None for v in node.ins if v not in self.written for m in held.get(v, ())}
+            if node.op in CONTRACTIONS:
+                matmuls[node] = None
             for out in node.outs:
-                self.sources[out] = sources
+                self.sources[out], held[out] = sources, matmuls
             if any(out in self.written for out in node.outs) or not node.outs:
                 ins = list(dict.fromkeys(root(v) for v in sources))
-                found.append(Kernel(node, ins, list(node.outs), float(node.position), self.fusible(node)))
+                fused = self.fusible(node) and not (self.backend.softmax_apart and self._is_softmax(node))
+                found.append(Kernel(node, ins, list(node.outs), float(node.position), fused, tuple(matmuls)))
         return found
 
 
 def _is_shift(node: Node) -> bool:
-    """``x - max(x)`` of a log-softmax: the GPU's softmax kernel ends there, and writes it."""
+    """``x - max(x)`` of a log-softmax: the softmax kernel ends there, and writes it."""
     if node.op != "sub" or len(node.ins) != 2 or node.ins[0].shape[-1:] > (_LONGEST_ROW,):
         return False
     x, other = node.ins

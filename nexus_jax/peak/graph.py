@@ -169,8 +169,11 @@ class _Builder:
         if key is not None:
             self.seen[key] = outs
         params = {**eqn.params, **_loop_counts(eqn)} if bodies else eqn.params
-        if name == "dot_general":  # the value may be another's, of another shape
-            params = {**params, "lhs_shape": tuple(eqn.invars[0].aval.shape)}
+        if name == "scan":
+            params["operands"] = [i for i, v in enumerate(eqn.invars) if not isinstance(v, jex.Literal)]
+        if name in ("dot_general", "conv_general_dilated"):  # the value may be another's, of another shape
+            lhs, rhs = (tuple(v.aval.shape) for v in eqn.invars)
+            params = {**params, "lhs_shape": lhs, "rhs_shape": rhs}
         self.append(Node(name, ins, outs, params, scope, bodies=bodies))
 
     def append(self, node: Node) -> None:
@@ -264,6 +267,30 @@ def _without_dead(graph: Graph) -> Graph:
     return dataclasses.replace(graph, nodes=kept)
 
 
+def inside(user: Node, value: Value) -> list[Value]:
+    """What the body of a scan, or what stands behind a barrier, calls a value that it is given."""
+    if user.op == "barrier":
+        return [o for i, o in zip(user.ins, user.outs, strict=True) if i is value]
+    if user.op != "scan":
+        return []
+    inputs = user.bodies[0].inputs
+    return [inputs[i] for v, i in zip(user.ins, user.params["operands"], strict=True) if v is value]
+
+
 def root(value: Value) -> Value:
     """The value whose memory this is."""
     return value.alias or value
+
+
+def needs(value: Value, other: Value) -> bool:
+    """Whether one value is computed from another."""
+    assert other.node is not None
+    seen, waiting = {value}, [value]
+    while waiting:
+        v = waiting.pop()
+        if v is other:
+            return True
+        if v.node is not None and v.node.position > other.node.position:
+            waiting += [i for i in v.node.ins if i not in seen]
+            seen.update(v.node.ins)
+    return False

@@ -1,12 +1,9 @@
-"""Where temporaries go: into results not written yet, into VMEM, into a heap."""
+"""Where temporaries go: into results not written yet, into a heap."""
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-import itertools
-
-import numpy as np
 
 from nexus_jax.peak.graph import Value
 
@@ -14,7 +11,6 @@ Span = tuple[int, int, int]  # from kernel, to kernel (included), bytes
 
 _LEAST = 4096  # bytes; smaller values are not worth a search
 _TRIES = 256  # results that one temporary tries: keeps the search linear in the number of layers
-_SOON = 1000  # kernels; nothing waits in VMEM longer
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -64,33 +60,6 @@ def outside_results(temporaries: list[Buffer], results: list[Buffer]) -> list[Bu
         else:
             left.append(buffer)
     return left
-
-
-def outside_fast(buffers: list[Buffer], loops: list[int], capacity: int, count: int) -> list[Span]:
-    """The spans that stay in device memory: what is used again soon waits in VMEM, while that has room.
-
-    A value is in one or the other from one use to the next. Nothing waits in VMEM for the end of a loop.
-
-    Args:
-        loops: which kernels are loops, sorted.
-        capacity: bytes of VMEM.
-        count: the number of kernels.
-    """
-    used = np.zeros(count + 2, np.int64)
-    spans: list[Span] = []
-    soon: list[Span] = []
-    for buffer in buffers:
-        points = sorted({buffer.born, *(u for u in buffer.uses if u <= buffer.dies), buffer.dies + 1})
-        for a, b in itertools.pairwise(points):
-            at = bisect.bisect_left(loops, a)
-            beside = at == len(loops) or loops[at] > b
-            (soon if b - a <= _SOON and beside else spans).append((a, b - 1, buffer.size))
-    for a, b, size in sorted(soon, key=lambda s: (s[1] - s[0]) / max(s[2], 1)):
-        if used[a : b + 1].max() + size <= capacity:
-            used[a : b + 1] += size
-        else:
-            spans.append((a, b, size))
-    return spans
 
 
 def first_come(spans: list[Span], count: int) -> int:

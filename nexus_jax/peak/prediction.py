@@ -9,7 +9,7 @@ from typing import Any
 from nexus_jax import report
 from nexus_jax.peak import rules
 from nexus_jax.peak.graph import flatten
-from nexus_jax.peak.live import Life, life
+from nexus_jax.peak.live import Life, Sizes, life
 from nexus_jax.program import Program, step_of
 from nexus_jax.scopes import module_path
 from nexus_jax.targets.compiler import Target, find_target
@@ -79,7 +79,7 @@ def predict(program: Program, target: Target) -> Prediction:
             f"the step is spread over {program.mesh}: the peak is predicted for one device; measure it instead."
         )
     graph = flatten(program.traced.jaxpr)
-    found = life(graph, backend, backend.sizer(graph))
+    found = life(graph, backend, Sizes(backend.sizer(graph), backend.sizer(graph, halved=False)))
     size = backend.sizer()
     read = {v for v in graph.inputs if v.users or v in set(graph.outputs)}
     arguments = sum(size(v) for v in graph.inputs if v in read and not v.host)
