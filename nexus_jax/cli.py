@@ -290,8 +290,9 @@ def _status(args: argparse.Namespace, comparison: Any) -> int:
                 print(f"nexus-jax: {who} is more than {report.size(args.max_device_bytes)}", file=sys.stderr)
                 status = TOO_LARGE
             if args.must_fit and m.fits is False:
-                small = m.limit_bytes is not None and m.device_bytes > m.limit_bytes
-                why = f"does not fit {report.size(m.limit_bytes)}" if small else f"does not fit: {m.message}"
+                limit = m.limit_bytes
+                over = limit is not None and m.device_bytes > limit
+                why = f"does not fit {report.size(limit)}" if over else f"does not fit: {m.message}"
                 print(f"nexus-jax: {who} {why}", file=sys.stderr)
                 status = TOO_LARGE
     return status
