@@ -291,9 +291,8 @@ def _status(args: argparse.Namespace, comparison: Any) -> int:
                 status = TOO_LARGE
             if args.must_fit and m.fits is False:
                 limit = m.limit_bytes
-                over = limit is not None and m.device_bytes > limit
-                why = f"does not fit {report.size(limit)}" if over else f"does not fit: {m.message}"
-                print(f"nexus-jax: {who} {why}", file=sys.stderr)
+                why = f": {m.message}" if limit is None or m.device_bytes <= limit else f" {report.size(limit)}"
+                print(f"nexus-jax: {who} does not fit{why}", file=sys.stderr)
                 status = TOO_LARGE
     return status
 
