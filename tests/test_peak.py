@@ -236,7 +236,9 @@ def test_a_matmul_computes_the_whole_gradient_of_what_follows_it():
 
     found, _, _ = kernels_of(loss, *chain_arguments(3, rows=8192))
     large = [k for k in found if max((o.size for o in k.outs), default=0) == 32 * MB]
-    assert [len(k.matmuls) for k in large] == [1] * (3 + 2)  # forward; the cotangents of all layers' inputs but the first
+    assert [len(k.matmuls) for k in large] == [1] * (
+        3 + 2
+    )  # forward; the cotangents of all layers' inputs but the first
     unfused, _, _ = kernels_of(loss, *chain_arguments(3, rows=8192), target="h200")
     assert len([k for k in unfused if not k.matmuls and max((o.size for o in k.outs), default=0) == 32 * MB]) == 8
 
