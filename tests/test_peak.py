@@ -93,10 +93,8 @@ def test_residuals_of_a_scan_scale_with_its_length(target):
         return predict_peak(fn, shape(1024, 1024), shape(4096, 1024), target=target).temp_bytes
 
     short, long = temp(8), temp(16)
-    # what the backward pass of a step keeps: its input, and the derivative of tanh
-    per_step = (long - short) / 8
-    assert per_step >= 2 * 16 * MB
-    assert per_step == pytest.approx(round(per_step / (16 * MB)) * 16 * MB, rel=0.05)
+    # what the backward pass of a step keeps: its input, on a TPU as bfloat16, and the derivative of tanh; as compiled
+    assert (long - short) / 8 == pytest.approx({"v5e": 24 * MB, "h200": 32 * MB}[target], rel=0.05)
 
 
 def test_what_is_offloaded_is_on_the_host():
@@ -198,9 +196,9 @@ def test_what_fits_stays_in_vmem():
 
 
 def test_what_does_not_fit_is_copied_out_as_soon_as_it_is_made_and_back_in_time():
-    # The large one gains less for its size: it makes place at kernel 2, and comes back in the two kernels before the last.
-    large, small = buffer(20, 0, 1, 5), buffer(90, 2, 2, 3, 3, 3)
-    assert placed([large, small]) == ([(20, 1, 4)], 2)
+    # The one that is used less makes place at kernel 2, and comes back in the two kernels before its last use.
+    waiting, busy = buffer(20, 0, 1, 6), buffer(90, *[2] * 4, *[3] * 4)
+    assert placed([waiting, busy], count=7) == ([(20, 1, 5)], 2)
 
 
 def test_what_multiplies_for_longer_than_it_moves_gains_nothing():
@@ -238,10 +236,11 @@ def test_a_matmul_computes_the_whole_gradient_of_what_follows_it():
 
     found, _, _ = kernels_of(loss, *chain_arguments(3, rows=8192))
     large = [k for k in found if max((o.size for o in k.outs), default=0) == 32 * MB]
-    assert {len(k.matmuls) for k in large} == {1}
-    assert len(large) == 3 + 3 + 2  # forward; of the last sum's and of the other layers' inputs
+    assert [len(k.matmuls) for k in large] == [1] * (
+        3 + 2
+    )  # forward; the cotangents of all layers' inputs but the first
     unfused, _, _ = kernels_of(loss, *chain_arguments(3, rows=8192), target="h200")
-    assert len([k for k in unfused if max((o.size for o in k.outs), default=0) == 32 * MB]) > 8
+    assert len([k for k in unfused if not k.matmuls and max((o.size for o in k.outs), default=0) == 32 * MB]) == 8
 
 
 def test_what_a_checkpoint_saves_for_matmuls_is_bfloat16():

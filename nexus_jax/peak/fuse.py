@@ -14,7 +14,7 @@ _WIDEST = 32  # elementwise operations that a matmul computes on its way out; a 
 _LONGEST_ROW = 16384  # of a softmax that is one kernel; seen: 8192 is one, 32768 is not
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+@dataclasses.dataclass(eq=False, slots=True, repr=False)
 class Kernel:
     """One thing that the device runs: reads ``ins``, writes ``outs``, at ``position`` of the program.
 

@@ -12,7 +12,7 @@ from jax.extend import core as jex
 from nexus_jax import _compat
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+@dataclasses.dataclass(eq=False, slots=True, repr=False)
 class Value:
     """One array: what makes it (None for an argument or a constant) and what reads it."""
 
@@ -30,7 +30,7 @@ class Value:
         return math.prod(self.shape) * getattr(self.dtype, "itemsize", 4)
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+@dataclasses.dataclass(eq=False, slots=True, repr=False)
 class Node:
     """One operation; ``position`` is its place in the program as JAX wrote it."""
 
