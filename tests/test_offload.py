@@ -354,6 +354,57 @@ def test_under_vmap_and_scan(gpt):
     assert_close(jax.jit(jax.grad(loss(model)))(params), jax.jit(jax.grad(loss(wrapped)))(params), 1e-5)
 
 
+@jax.custom_vjp
+def flash(q, k, v):
+    return flash_forward(q, k, v)[0]
+
+
+def flash_forward(q, k, v):
+    """Attention that keeps its output and the statistics of its rows, and makes the scores again."""
+    scores = q @ k.T
+    statistics = jax.nn.logsumexp(scores, -1)
+    out = jnp.exp(scores - statistics[:, None]) @ v
+    return out, (q, k, v, out, statistics)
+
+
+def flash_backward(kept, g):
+    q, k, v, out, statistics = kept
+    p = jnp.exp(q @ k.T - statistics[:, None])
+    ds = p * (g @ v.T - jnp.sum(out * g, -1)[:, None])
+    return ds @ k, ds.T @ q, p.T @ g
+
+
+flash.defvjp(flash_forward, flash_backward)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_what_a_flash_attention_keeps_for_its_own_backward_pass_moves(scanned):
+    def layer(x, w):
+        q, k, v = jnp.split(x @ w[:, :48], 3, axis=-1)
+        return x + flash(q, k, v) @ w[:, 48:].T
+
+    def loss(ws, x):
+        if scanned:
+            return jnp.sum(jnp.sin(jax.lax.scan(lambda x, w: (layer(x, w), None), x, ws)[0]))
+        for w in ws:
+            x = layer(x, w)
+        return jnp.sum(jnp.sin(x))
+
+    layers, rows = 6, 24
+    ws, x = jax.random.normal(jax.random.key(0), (layers, 16, 64)) / 8, jnp.linspace(-1, 1, rows * 16).reshape(rows, 16)
+    ws = ws if scanned else list(ws)
+    moved = nj.ActivationOffloader(offload_threshold_mb=rows * 4 / 2**20, prefetch_ahead=0).wrap(loss)
+    there = [r.shape for r in nj.residuals(moved, ws, x) if r.place == "host"]
+    stack = (layers,) if scanned else ()
+    times = 1 if scanned else layers
+    assert there.count((*stack, rows)) == times  # the statistics
+    assert (
+        there.count((*stack, rows, 16)) >= 3 * times
+    )  # what flows from layer to layer, the output, queries, keys, values
+    assert not any((*stack, rows) == r.shape for r in nj.residuals(moved, ws, x) if r.place == "device")
+    assert_close(unfused(jax.grad(moved), ws, x), unfused(jax.grad(loss), ws, x))
+
+
 def test_function_that_closes_over_what_is_differentiated():
     offloader = nj.ActivationOffloader(offload_threshold_mb=0.0)
 
