@@ -2,8 +2,8 @@
 
 XLA's memory space assignment (xla/service/memory_space_assignment in the openxla repository), in short: buffers are
 served in the order of what VMEM gains them. Each stays in it from use to use while there is room; else it is copied
-out, and copied back in time for its next use if there is room by then. Its rules and its default figures are the ones
-below.
+out, and copied back in time for its next use if there is room by then. libtpu's own settings are not published: what is
+below was held against the buffers that it placed.
 """
 
 from __future__ import annotations
