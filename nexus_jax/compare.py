@@ -100,7 +100,7 @@ def _cells(m: Measurement, first: Measurement) -> list[str]:
 
 def compare(
     workload: Callable[..., Any],
-    policies: Sequence[Any] = POLICIES,
+    policies: Any = POLICIES,
     *,
     targets: str | Target | Sequence[str | Target | None] | None = None,
     argnums: int | tuple[int, ...] = 0,
@@ -113,8 +113,8 @@ def compare(
 
     Args:
         workload: ``workload(policy=...)`` returns ``(loss, arguments)``, with the model transformed under the policy.
-        policies: names, files or :class:`nexus_jax.Policy` values; with none, the workload as it is. The first is what
-            the others are compared with.
+        policies: names, files or :class:`nexus_jax.Policy` values, one or several; with none, the workload as it is.
+            The first is what the others are compared with.
         targets: as in :func:`nexus_jax.measure`, one or several.
         schedules: have the compilers write down their schedules at once, for ``Measurement.timeline()``.
 
@@ -127,6 +127,10 @@ def compare(
     made = workload if isinstance(workload, Workload) else Workload(workload)
     several = isinstance(targets, Sequence) and not isinstance(targets, str)
     where = [find_target(t) for t in (targets if several else [targets])]  # type: ignore[union-attr]
+    if not where:
+        raise ValueError(f"{targets=}: give at least one target, or None for the local device.")
+    if isinstance(policies, str) or not isinstance(policies, Sequence):
+        policies = (policies,)
     for target in where:
         target.require_compiler()
     programs, facts, jobs = [], [], []

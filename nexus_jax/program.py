@@ -176,13 +176,17 @@ def step_of(
 
     Raises:
         TypeError: integers among what is differentiated; nothing to differentiate; a result that is no scalar.
-        ValueError: ``argnums`` names an argument that is not there.
+        ValueError: ``argnums`` names an argument that is not there, or one twice.
     """
     wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if not all(isinstance(n, int) for n in wanted):
+        raise TypeError(f"argnums={argnums!r}: write the number of an argument, or several.")
     for n in wanted:
         if not -len(args) <= n < len(args):
             raise ValueError(f"argnums={argnums!r}, but the function has {len(args)} arguments.")
     wanted = tuple(n % len(args) for n in wanted)
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"argnums={argnums!r} names an argument twice.")
     opened = [adapters.nnx.state_of(x) for x in args]
     arrays: list[Any] = []
     rebuilds, counts, differentiated = [], [], []
@@ -249,7 +253,8 @@ def called(fn: Callable[..., Any]) -> str:
 def _value_and_aux(fn: Callable[..., Any], out: Any, has_aux: bool) -> tuple[Any, Any]:
     name = called(fn)
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(f"has_aux=True: {name} must return (loss, aux), and returned {type(out).__name__}.")
+        found = jax.typeof(out) if isinstance(out, jax.Array) else type(out).__name__
+        raise TypeError(f"has_aux=True: {name} must return (loss, aux), and returned {found}.")
     value: Any = out[0] if has_aux else out
     aux = out[1] if has_aux else None
     if not hasattr(value, "shape") and not isinstance(value, float):

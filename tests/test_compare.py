@@ -50,6 +50,13 @@ def test_a_second_time_nothing_is_compiled(monkeypatch):
         nj.compare(lambda policy: gpt(policy, batch=4), ["none"])
 
 
+def test_one_policy_is_no_sequence_of_letters():
+    for policy in ("all", nj.load_policy("all")):
+        assert [row.policy for row in nj.compare(gpt, policy)] == ["all"]
+    with pytest.raises(ValueError, match=r"targets=\[\]: give at least one target"):
+        nj.compare(gpt, "all", targets=[])
+
+
 def test_without_policies_the_workload_as_it_is():
     [row] = nj.compare(lambda: gpt("all"), ())
     assert row.policy == "" and row.measured["local"].device_bytes > 0
