@@ -174,6 +174,22 @@ def test_budgets_that_are_some():
         budget_of("90%", find_target(None), None)
 
 
+@pytest.mark.parametrize(
+    ("given", "target", "error", "match"),
+    [
+        ("many", "v5e", ValueError, 'is no size: write bytes as a whole number, "64GiB"'),
+        ("50%", "v5e", ValueError, "is no size"),
+        (-1, "v5e", ValueError, "write 0 bytes or more"),
+        (True, "v5e", TypeError, "write bytes as a whole number"),
+        (2.5, "v5e", TypeError, "write bytes as a whole number"),
+        ("1GiB", None, ValueError, "how fast local reaches its host is not known"),
+    ],
+)
+def test_host_budgets_that_are_none(given, target, error, match):
+    with pytest.raises(error, match=match):
+        plan(loss, *SHAPES, memory_budget=MIB, target=target, host_budget=given)
+
+
 def test_other_bad_input():
     with pytest.raises(TypeError, match="must return a scalar loss"):
         plan(lambda ws, x: x @ ws[0], *SHAPES, memory_budget=MIB)

@@ -76,7 +76,13 @@ def test_an_nnx_module_is_differentiated_in_its_parameters():
     [
         (lambda n: 1.0 * n, (jnp.ones(3, int),), {}, TypeError, r"argument 0 holds an array of int32, .* no gradient"),
         (lambda x: x, (jnp.ones(3),), {}, TypeError, r"must return a scalar loss .* returned float32\[3\]"),
-        (lambda x: (x.sum(), x), (jnp.ones(3),), {}, TypeError, "returned tuple. Write has_aux=True"),
+        (
+            lambda x: (x.sum(), x),
+            (jnp.ones(3),),
+            {},
+            TypeError,
+            "returned tuple. Return the loss alone, or write has_aux=True",
+        ),
         (
             lambda x: x.sum(),
             (jnp.ones(3),),
