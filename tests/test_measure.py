@@ -125,7 +125,16 @@ def test_out_of_memory_is_an_answer():
 
 
 def test_a_compiler_that_writes_no_schedule():
-    answers = dict(device_bytes=3, host_bytes=0, limit_bytes=2, flops=0, message="too much", seconds=0.0, cached=True)
+    answers = dict(
+        device_bytes=3,
+        host_bytes=0,
+        limit_bytes=2,
+        host_limit_bytes=None,
+        flops=0,
+        message="too much",
+        seconds=0.0,
+        cached=True,
+    )
     parts = ("temp_bytes", "argument_bytes", "output_bytes", "alias_bytes", "host_temp_bytes")
     m = nj.Measurement(target="v5e", **answers, **dict.fromkeys(parts), texts=lambda name: None, parameters=list)
     with pytest.raises(ValueError, match=r"the compiler of v5e wrote no schedule .*predict_peak.* too much"):
