@@ -94,7 +94,10 @@ def test_residuals_of_a_scan_scale_with_its_length(target):
 
     short, long = temp(8), temp(16)
     # what the backward pass of a step keeps: its input, on a TPU as bfloat16, and the derivative of tanh; as compiled
-    assert (long - short) / 8 == pytest.approx({"v5e": 24 * MB, "h200": 32 * MB}[target], rel=0.05)
+    per_step = (long - short) / 8
+    least = {"v5e": 24 * MB, "h200": 32 * MB}[target]
+    # older versions of JAX keep the result of tanh beside its derivative
+    assert per_step in (pytest.approx(least, rel=0.05), pytest.approx(least + 16 * MB, rel=0.05))
 
 
 def test_what_is_offloaded_is_on_the_host():

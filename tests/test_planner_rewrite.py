@@ -142,7 +142,10 @@ def test_stages_send_away_what_the_plan_says_and_change_nothing(offload, jit):
     run = rewritten(flat, by_fours(flat, offload=offload))
     planned = lambda ws, x: loss.result(run(*flat.consts, *ws, x))
     grad = lambda f: jax.value_and_grad(f, has_aux=True)
-    chex.assert_trees_all_equal((jax.jit if jit else lambda f: f)(grad(planned))(ws, x), grad(fn)(ws, x))
+    if jit:  # compiled, some versions fuse the one and not the other
+        assert_close(jax.jit(grad(planned))(ws, x), grad(fn)(ws, x))
+    else:
+        chex.assert_trees_all_equal(grad(planned)(ws, x), grad(fn)(ws, x))
     found = nj.residuals(lambda *a: planned(*a)[0], ws, x)
     inside, between = len({0, 2} & {*offload}), 5  # nobody needs what the last layer hands to the sum
     assert found.host_bytes == (6 * inside + (between if 3 in offload else 0)) * 8 * 16 * 4
