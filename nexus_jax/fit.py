@@ -154,13 +154,17 @@ class _Search:
     has_aux: bool
     timeout: float
 
+    def __post_init__(self):
+        self.own = self.limit is None  # the target's
+
     def run(self, policy: Any) -> Fit:
         tried: dict[int, Measurement] = {}
 
         def fits(k: int) -> bool:  # k multiples
             if k not in tried:
                 tried[k] = self._measure(policy, k * self.multiple)
-            return tried[k].device_bytes <= self._limit(tried[k])
+            within = tried[k].device_bytes <= self._limit(tried[k])
+            return tried[k].fits is True if self.own else within
 
         low, high = 0, self.at_most // self.multiple + 1  # low fits, high does not; neither has been tried
         k = min(max(1, self._start() // self.multiple), high - 1)

@@ -26,7 +26,9 @@ class Measurement:
         limit_bytes: what a program may take on the target; None where that is not known (a local CPU).
         host_limit_bytes: what its host has for one device, by its data sheet or of this machine, and no more than a GPU's pool
             of pinned memory allows; None where that is not known, and on a CPU, which has no memory apart from the host's.
-        fits: whether ``device_bytes`` and ``host_bytes`` are within them; None where the device's limit is not known.
+        fits: whether ``device_bytes`` and ``host_bytes`` are within them; on a TPU libtpu's own answer stands for the
+            former (its temporaries count holes twice, so that a step it takes may seem too large); None where the device's
+            limit is not known.
         flops: of the whole step on all devices, loops multiplied out; see :mod:`nexus_jax.flops`.
         message: what the compiler said when it ran out of memory, or that the host is too small; else empty.
         seconds: how long the compiler took; ``cached`` says whether it did now or earlier.
@@ -53,7 +55,11 @@ class Measurement:
     def fits(self) -> bool | None:
         if self.host_limit_bytes is not None and self.host_bytes > self.host_limit_bytes:
             return False
-        return None if self.limit_bytes is None else self.device_bytes <= self.limit_bytes
+        if self.limit_bytes is None:
+            return None
+        if self.temp_bytes is None:  # it ran out
+            return False
+        return find_target(self.target).platform == "tpu" or self.device_bytes <= self.limit_bytes
 
     def timeline(self) -> Any:
         """Device bytes at every point of the step: :class:`nexus_jax.timeline.Timeline`.

@@ -1,5 +1,6 @@
 """Steps compiled for devices that nobody here owns: bytes as a compile by hand gives them, and every failure an answer."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,7 +19,9 @@ from models import GPT, NNXGPT, Block, linen_loss, loss_of
 
 import nexus_jax as nj
 from nexus_jax import _compat
-from nexus_jax.targets import compiler
+from nexus_jax.measure import measurement
+from nexus_jax.program import step_of
+from nexus_jax.targets import compiler, worker
 
 KINDS = {"v5e": "tpu", "h200": "gpu"}
 SIZE = dict(layers=2, d=256, heads=4, vocab=512, dtype=jnp.bfloat16)
@@ -148,6 +151,19 @@ def test_a_text_that_is_corrupt_is_made_again(tmp_path):
     text.write_bytes(b"no gzip")
     with pytest.warns(UserWarning, match="hlo.gz: not a compressed text"):
         assert nj.measure(loss, *args).timeline().peak_bytes == peak
+
+
+def test_what_libtpu_takes_fits():
+    """Its temporaries count the holes of its heap twice: the sum may be more than the chip has."""
+    program = step_of(lambda w: jnp.sum(w * w), (jnp.ones(3),))
+    for target, fits in (("v5e", True), ("h200", False)):
+        where = compiler.find_target(target)
+        sizes = dict.fromkeys(worker.BYTES, 0) | {"temp": where.sheet.usable_bytes + 1}
+        answer = compiler.Answer(bytes=sizes, out_of_memory=None, seconds=0.0, cached=True, text=lambda name: None)
+        assert measurement(program, where, answer).fits is fits
+    refused = {"wanted": where.sheet.usable_bytes - 1, "limit": where.sheet.usable_bytes, "message": "no"}
+    answer = dataclasses.replace(answer, bytes=None, out_of_memory=refused)
+    assert measurement(program, where, answer).fits is False
 
 
 def test_a_slice_with_the_arguments_own_mesh():
