@@ -28,9 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 (no answer) or 3 (larger than allowed)."""
     args = _parser().parse_args(argv)
     warnings.showwarning = _warn
-    gc.set_threshold(
-        100_000, 20, 100
-    )  # a trace is millions of objects that stay: looking through them is a tenth of it
+    # A trace is millions of objects that stay: looking through them again and again is a tenth of the time.
+    gc.set_threshold(100_000, 20, 100)
     _quieten_devices(args)
     try:
         return args.run(args)

@@ -215,6 +215,7 @@ def test_fit_finds_the_largest_batch(capsys):
         (("fit", "work.py:step", "--vary", "length", "--limit", "1MB"), "takes no parameter 'length'"),
         (("fit", "work.py:step"), "the memory of target='local' is not known: write limit_bytes="),
         (("timeline", "work.py:step", "--target", "v5e", "--target", "h200"), "takes one --target"),
+        (("plan", "work.py:step", "--budget", "1MB", "--host-budget", "1GiB"), "how fast local reaches its host"),
         (("diff", "work.py", "work.py"), "work.py: not JSON"),
         (("targets", "v9"), "v9"),
     ],

@@ -8,13 +8,16 @@ import models
 import pytest
 from flax import nnx
 
+import nexus_jax as nj
 from nexus_jax.planner import needs as needed
 from nexus_jax.planner.allocate import price_of
 from nexus_jax.planner.baselines import baselines
 from nexus_jax.planner.graph import Choice
 from nexus_jax.planner.loss import Loss
+from nexus_jax.planner.make import draft
 from nexus_jax.planner.model import model_of
 from nexus_jax.planner.options import of_choice
+from nexus_jax.planner.plan import Subject
 from nexus_jax.planner.prices import Prices
 from nexus_jax.planner.solve import frontier, optimum
 from nexus_jax.targets.compiler import find_target
@@ -312,3 +315,44 @@ def test_every_way_to_run_a_stretch_is_bounded():
                 assert min(map(weigh, ways.corners)) <= weigh(option)
             checked += 1
     assert checked > 100
+
+
+# --- the host ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_link_is_that_of_the_data_sheet():
+    target = find_target("h200")
+    # a stretch of a millisecond, in ticks of a nanosecond
+    link = Prices(target, "seconds", host=2**30).link(10**9, unit=1000)
+    assert (link.hidden_out, link.hidden_back) == (10**6, 2 * 10**6)
+    hidden = int(1e-3 * target.sheet.device_to_host_bandwidth)
+    memory = 2e9 * hidden / target.sheet.memory_bandwidth  # out of it and into it
+    assert link.ticks(hidden) == pytest.approx(memory, abs=1)
+    assert link.ticks(3 * hidden) == pytest.approx(3 * memory + 2e6 + 1e6, abs=2)  # 2 ms late out, 1 ms back
+    flops = Prices(target, "flops", host=2**30).link(10**9, unit=1)
+    late = flops.ticks(3 * hidden) - 3 * flops.ticks(hidden)
+    assert late == pytest.approx(3e-3 * target.sheet.bf16_flops, rel=1e-6)
+    assert Prices(target, "seconds").link(10**9, unit=1) is None
+
+
+def layers(ws, x):
+    for w in ws:
+        x = jnp.sin(jnp.tanh(x @ w) @ w)
+    return jnp.sum(x)
+
+
+def test_a_program_keeps_on_the_host_what_its_path_says():
+    args = [shape(512, 512)] * 5, shape(8192, 512)
+    found = model(layers, *args, price=Prices(find_target("h200"), "seconds", host=2**30))
+    paths = [found.frontier.path(at) for at in range(len(found.frontier.peaks))]
+    assert any(o.what.away for p in paths for _, o in p.steps)
+    moving = [p for p in paths if p.host]
+    for path in moving[:: max(1, len(moving) // 6)]:
+        plan = draft(Subject.of(found.flat), found.segments(path))
+        assert nj.residuals(plan.apply(layers), *args).host_bytes == path.host <= 2**30
+    assert not any(p.host for p in (found.unmoved(path) for path in paths))
+
+
+def test_without_a_host_nothing_is_offloaded():
+    found = model(layers, [shape(512, 512)] * 5, shape(8192, 512), price=Prices(find_target("h200"), "seconds"))
+    assert not any(found.frontier.path(at).host for at in range(len(found.frontier.peaks)))

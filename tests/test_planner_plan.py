@@ -250,3 +250,11 @@ def test_a_fixed_policy_is_tried_though_the_coarse_model_says_that_it_does_not_f
     monkeypatch.setattr(planner, "predicted", lambda path: budget)
     monkeypatch.setattr(planner, "measured", lambda path: types.SimpleNamespace(device_bytes=budget))
     assert planner._fixed(budget, None, []) is (fast if tried else None)
+
+
+def test_of_all_that_was_compiled_the_fastest_that_fits_is_the_plan(monkeypatch):
+    planner = make.Planner(loss, SHAPES)
+    sizes = {1: 10 * MIB, 5: 6 * MIB, 9: 4 * MIB}  # by ticks; other budgets had them compiled
+    paths = {ticks: types.SimpleNamespace(ticks=ticks) for ticks in sizes}
+    monkeypatch.setattr(planner, "compiled", lambda: [(paths[ticks], nbytes) for ticks, nbytes in sizes.items()])
+    assert [planner._best(n * MIB) for n in (12, 10, 9, 5, 3)] == [paths[1], paths[1], paths[5], paths[9], None]

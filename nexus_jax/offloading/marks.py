@@ -1,4 +1,7 @@
-"""Names by which a program says where its stages end and what of it waits on the host, through differentiation."""
+"""Names by which a program says, through differentiation, where its stages end and what of it waits on the host.
+
+What leaves bears the name that a policy's residual rules give it; what a stage hands on bears :data:`END`.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from typing import Any
 
 from jax.extend import core as jex
 
-HOST = "nexus_jax.offload"  # that of nexus_jax.policy.places.OFFLOAD: what leaves
-END = "nexus_jax.end"  # what a stage hands on
+from nexus_jax.policy.places import OFFLOAD
+
+END = "nexus_jax.end"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +50,7 @@ def read(jaxpr: Any, atoms: Sequence[Any]) -> Marked:
         name = eqn.params.get("name") if eqn.primitive.name == "name" else None
         source = now(eqn.invars[0]) if eqn.invars else None
         again = eqn.primitive.name == "reduce_precision" and not isinstance(source, jex.Literal) and source in leaving
-        if name not in (HOST, END) and not again:
+        if name not in (OFFLOAD, END) and not again:
             eqns.append(eqn.replace(invars=[now(v) for v in eqn.invars]))
             continue
         same[eqn.outvars[0]] = source

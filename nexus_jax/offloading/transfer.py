@@ -100,9 +100,8 @@ class Forward:
             scanned = any(loop.steps >= FEW for loop in loops_that_keep(jaxpr, set(variables(leaves))).values())
             jaxpr, outs, leaves, needed = scans.opened(jaxpr, outs, leaves, own)
             cuts = [] if scanned else layer_cuts(jaxpr, pick(weights))  # the steps of a scan are the layers
-            cuts = (
-                cuts if len(cuts) >= FEW else []
-            )  # of fewer layers nothing is gained, and waists may be none of layers
+            if len(cuts) < FEW:  # nothing is gained between so few, and waists may be none of layers
+                cuts = []
         self.ahead = ahead
         self.treedef, self.consts = known["treedef"], flat.consts
         self.kept = keep(jaxpr, stages(jaxpr, cuts), leaves, own, needed)

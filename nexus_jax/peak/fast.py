@@ -19,9 +19,8 @@ from nexus_jax.peak.graph import Value
 from nexus_jax.peak.heap import Buffer
 
 _SLICED, _SLICES = 2**20, 4  # what is as large comes to VMEM in slices, of which each has two descriptors
-_LONGEST = (
-    10.0  # a value waits as long as it takes to fill VMEM this many times: max_overlap_to_mem_size_async_copy_ratio
-)
+# A value waits as long as it takes to fill VMEM so many times: max_overlap_to_mem_size_async_copy_ratio.
+_LONGEST = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -175,9 +175,9 @@ def price_of(options: Sequence[Option]) -> tuple[int, int]:
     return peak, sum(option.ticks for option in options)
 
 
-def _arrays(options: Sequence[Option]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _arrays(options: Sequence[Option]) -> tuple[np.ndarray, ...]:
     names = ("kept", "working", "ticks", "host")
-    return tuple(np.array([getattr(o, n) for o in options], np.int64) for n in names)  # type: ignore[return-value]
+    return tuple(np.array([getattr(o, n) for o in options], np.int64) for n in names)
 
 
 def _pass(

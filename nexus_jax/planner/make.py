@@ -41,8 +41,8 @@ def plan(
 ) -> Plan:
     """A fast way to run ``jax.value_and_grad(fn)`` within a budget of device memory.
 
-    Each value that the backward pass needs is saved, made again or, with a ``host_budget``, offloaded, and how finely the program is cut into boundaries is
-    chosen with it: each stretch exactly, in the planner's own model of memory and time. The step is compiled for the
+    Each value that the backward pass needs is saved, made again or, with a ``host_budget``, offloaded, and how finely the
+    program is cut into boundaries is chosen with it: each stretch exactly, in the planner's own model of memory and time. The step is compiled for the
     target, at most six times, and what is returned fits as compiled; nothing is run.
 
     Args:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from jax.extend import core as jex
 
 from nexus_jax.boundary import is_floating
 from nexus_jax.flat import Flat
+from nexus_jax.offloading.stages import variables
 from nexus_jax.planner import prices
 from nexus_jax.planner.graph import Graph, Op
 from nexus_jax.planner.needs import Needs, Step
@@ -99,7 +99,7 @@ class Spans:
             needed=needed,
             free=free,
             keepable=keepable - free,
-            movable=frozenset(v for v in keepable - free if self.price.is_movable(self.needs.avals[values[v]])),
+            movable=frozenset(v for v in keepable - free if self._is_movable(values[v])),
             link=self.price.link(sum(self.picoseconds[start:stop]), self.unit),
         )
         shape = Shape(
@@ -115,23 +115,25 @@ class Spans:
                 for v in s.outs
                 if local[v] in graph.keepable
             ),
-            leaving=sum(self.sizes[v] for v in out if self.price.is_movable(self.needs.avals[v])),
+            leaving=sum(self.sizes[v] for v in self.leaving(start, stop)),
             entering=sum(self.sizes[v] for v in self._entering(start, stop)),
         )
         return Span(start, stop, shape, values)
 
-    def _entering(self, start: int, stop: int) -> set[int]:
-        if not self.price.host:
-            return set()
-        taken = {self.flat.number[v] for eqn in self.flat.eqns[start:stop] for v in _variables(eqn.invars)}
-        made = {self.flat.number[v] for eqn in self.flat.eqns[start:stop] for v in eqn.outvars}
-        return {v for v in taken - made if v >= self.inputs and self.price.is_movable(self.needs.avals[v])}
-
     def leaving(self, start: int, stop: int) -> set[int]:
         """What later stretches take from this one, and can wait on the host meanwhile."""
-        made = {self.flat.number[v] for eqn in self.flat.eqns[start:stop] for v in eqn.outvars}
-        out = {v for v in made if self.used.get(v, -1) >= stop}
-        return {v for v in out if self.price.is_movable(self.needs.avals[v])}
+        return {v for v in self._made(start, stop) if self.used.get(v, -1) >= stop and self._is_movable(v)}
+
+    def _entering(self, start: int, stop: int) -> set[int]:
+        """What this stretch takes from earlier ones, and they may have sent to the host."""
+        taken = {self.flat.number[v] for eqn in self.flat.eqns[start:stop] for v in variables(eqn.invars)}
+        return {v for v in taken - self._made(start, stop) if v >= self.inputs and self._is_movable(v)}
+
+    def _made(self, start: int, stop: int) -> set[int]:
+        return {self.flat.number[v] for eqn in self.flat.eqns[start:stop] for v in eqn.outvars}
+
+    def _is_movable(self, value: int) -> bool:
+        return self.price.is_movable(self.needs.avals[value])
 
     def has_gradient(self, value: int) -> bool:
         """Whether a value is made of numbers that can change a little, and of more than one."""
@@ -187,10 +189,6 @@ class Spans:
             for v, buffers in made.items():
                 held[v] = held.get(v, frozenset()) | buffers
         return peak
-
-
-def _variables(atoms: Sequence[Any]) -> list[Any]:
-    return [v for v in atoms if not isinstance(v, jex.Literal)]
 
 
 def _at(local: dict[int, int], values: Sequence[int]) -> tuple[int, ...]:

@@ -51,11 +51,11 @@ def _rows(model: Model, span: Span, option: Option) -> list[Row]:
         return [_row(model, span.start, span.stop, "-", "", option.kept, 0, "as it is", reason)]
     graph, choice = span.shape.graph, option.what.choice
     again = graph.again(choice.kept)
-    leaving = model.spans_of.leaving(span.start, span.stop)
     made = {v for i in again for v in graph.ops[i].outs}
     shown = sorted((choice.kept | (made & graph.keepable)) - graph.free, key=lambda v: (-graph.sizes[v], v))[:_VALUES]
     rows = [_value_row(model, span, graph, choice, v) for v in shown]
-    return rows + ([_handed_on(model, span, v) for v in sorted(leaving)] if option.what.away else [])
+    leaving = model.spans_of.leaving(span.start, span.stop) if option.what.away else ()
+    return rows + [_handed_on(model, span, v) for v in sorted(leaving)]
 
 
 def _handed_on(model: Model, span: Span, number: int) -> Row:
