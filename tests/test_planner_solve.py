@@ -149,6 +149,19 @@ def test_of_two_equal_values_the_one_that_is_dear_to_make_is_kept():
     assert optimum(graph, 8) == Choice(saved=frozenset({1}))
 
 
+@pytest.mark.parametrize(("hidden", "host", "ticks"), [(0, 0, 6), (1, 0, 6), (4, 8, 4), (8, 8, 0), (30, 8, 0)])
+def test_what_is_late_on_the_link_is_made_again_together(hidden, host, ticks):
+    """Two values of one equation: to leave out one of them saves 4 ticks of the link and costs 6."""
+    link = Link(out=GIGA, back=0, hidden_out=hidden)
+    values = frozenset({1, 2})
+    graph = Graph(
+        sizes=(0, 4, 4), ops=(Op(ins=(0,), outs=(1, 2), cost=6),), needed=values, free=frozenset({0}), keepable=values,
+        movable=values, link=link,
+    )  # fmt: skip
+    paid = price(graph, optimum(graph, 0, host=100))
+    assert (paid.host, paid.ticks) == (host, ticks)
+
+
 def test_what_is_derived_by_differentiation_is_made_again_from_what_is_kept():
     ops = (Op(ins=(0,), outs=(1,), cost=9), Op(ins=(1,), outs=(2,), cost=0))
     graph = Graph(sizes=(0, 4, 8), ops=ops, needed=frozenset({2}), free=frozenset({0}), keepable=frozenset({1}))
