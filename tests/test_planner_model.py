@@ -14,7 +14,7 @@ from nexus_jax.planner.allocate import price_of
 from nexus_jax.planner.baselines import baselines
 from nexus_jax.planner.graph import Choice
 from nexus_jax.planner.loss import Loss
-from nexus_jax.planner.make import draft
+from nexus_jax.planner.make import Planner, draft
 from nexus_jax.planner.model import model_of
 from nexus_jax.planner.options import of_choice
 from nexus_jax.planner.plan import Subject
@@ -351,6 +351,14 @@ def test_a_program_keeps_on_the_host_what_its_path_says():
         plan = draft(Subject.of(found.flat), found.segments(path))
         assert nj.residuals(plan.apply(layers), *args).host_bytes == path.host <= 2**30
     assert not any(p.host for p in (found.unmoved(path) for path in paths))
+
+
+def test_what_the_host_takes_is_not_predicted_for_the_device():
+    planner = Planner(layers, ([shape(512, 512)] * 5, shape(8192, 512)), target="h200", host_budget="1GiB")
+    frontier = planner.model.frontier
+    path = next(p for p in map(frontier.path, range(len(frontier.peaks))) if p.host)
+    stays = planner.model.unmoved(path)
+    assert planner.predicted(stays) - planner.predicted(path) == stays.peak - path.peak > 0
 
 
 def test_without_a_host_nothing_is_offloaded():
