@@ -105,7 +105,7 @@ def table(name, target, count, objective):
     solving = time.process_time() - start
     plain, base = planner.before.device_bytes, planner.before.flops
     fixed = list(compiled_policies(name, model, fn, args, judge))
-    floor = min(planner.measured(planner.path(0)).device_bytes, *(b for _, b, _ in fixed))
+    floor = min(planner.measured(planner.model.frontier.path(0)).device_bytes, *(b for _, b, _ in fixed))
     rows = []
     for k in range(count):
         budget = floor + (plain - floor) * (k + 1) // (count + 1)

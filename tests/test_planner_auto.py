@@ -35,7 +35,7 @@ class Leanest:
     def program(self, call):
         self.calls.append(call)
         planner = auto.CallPlanner(call, None)
-        self.plans.append(draft(planner.subject, planner.model.segments(planner.path(0))))
+        self.plans.append(draft(planner.subject, planner.model.segments(planner.model.frontier.path(0))))
         return self.plans[-1].program(call)
 
     def document(self):

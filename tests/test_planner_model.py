@@ -1,6 +1,7 @@
 """What the planner sees in a program, and that no fixed policy beats its plan."""
 
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 import nexus_jax as nj
+from nexus_jax.planner import loop
 from nexus_jax.planner import needs as needed
 from nexus_jax.planner.allocate import price_of
 from nexus_jax.planner.baselines import baselines
@@ -359,6 +361,34 @@ def test_what_the_host_takes_is_not_predicted_for_the_device():
     path = next(p for p in map(frontier.path, range(len(frontier.peaks))) if p.host)
     stays = planner.model.unmoved(path)
     assert planner.predicted(stays) - planner.predicted(path) == stays.peak - path.peak > 0
+
+
+@pytest.mark.parametrize("copies", [0, 2**40])
+def test_to_be_allowed_a_host_is_no_loss(monkeypatch, copies):
+    """Also where a compiler makes so much of copies that they free nothing; and it costs no more compiles."""
+    wide = [shape(8192, 8192)] * 5, shape(8192, 8192)  # so wide that a layer's values move while it computes
+    planner = Planner(layers, wide, target="h200", host_budget="64GiB")
+
+    def measured(path):
+        taken = planner.predicted(path) + (copies if path.host else 0)
+        found = types.SimpleNamespace(device_bytes=taken, host_bytes=path.host, flops=path.ticks, target="h200")
+        key = planner.model.segments(path)
+        planner._measurements[key], planner._paths[key] = found, path
+        return found
+
+    monkeypatch.setattr(planner, "measured", measured)
+    monkeypatch.setitem(planner.__dict__, "offset", 0)
+    before = types.SimpleNamespace(device_bytes=2**40, host_bytes=0, flops=0, target="h200")
+    monkeypatch.setitem(planner.__dict__, "before", before)
+    frontier, alone = planner.model.frontier, planner.on_device.frontier
+    paths = [frontier.path(at) for at in range(len(frontier.peaks))]
+    least = min(planner.predicted(alone.path(at)) for at in range(len(alone.peaks)))
+    budget = next(n for p in paths if p.host and (n := planner.predicted(p)) >= least)
+    found = planner.plan(budget)
+    assert len(planner.compiled()) < loop.COMPILES
+    assert found.device_bytes <= budget and (found.host_bytes > 0) == (copies == 0)
+    fits = [alone.path(at) for at in range(len(alone.peaks)) if planner.predicted(alone.path(at)) <= budget]
+    assert found.cost <= min(p.ticks for p in fits) * planner.model.spans_of.unit
 
 
 def test_without_a_host_nothing_is_offloaded():

@@ -13,7 +13,7 @@ from nexus_jax import peak, report
 from nexus_jax.flat import Flat
 from nexus_jax.measure import Measurement, measure
 from nexus_jax.planner import loop, table
-from nexus_jax.planner.allocate import Path
+from nexus_jax.planner.allocate import Frontier, Path
 from nexus_jax.planner.baselines import baselines
 from nexus_jax.planner.budget import budget_of, host_budget_of
 from nexus_jax.planner.loss import Loss
@@ -125,14 +125,10 @@ class Planner:
         self.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
         if self.before.device_bytes <= budget:
             return self._nothing(budget)
-        found = loop.search(
-            len(self.model.frontier.peaks),
-            budget,
-            lambda at: self.predicted(self.path(at)),
-            lambda at: self.measured(self.path(at)).device_bytes,
-            self.offset,
-        )
-        tried = [self.path(t.at) for t in found.trials]
+        compiles = loop.COMPILES - 1
+        tried = self._search(self.model.frontier, budget, compiles // 2 + 1 if self.host else compiles)
+        if self.host:  # what a compiler makes of copies is known less well: to be allowed them must not be a loss
+            tried += self._search(self.on_device.frontier, budget, compiles - len(tried))
         best = self._fixed(budget, self._best(budget), tried) or self._best(budget)
         if best is None:
             raise self._infeasible(budget)
@@ -160,7 +156,15 @@ class Planner:
     @functools.cached_property
     def model(self) -> Model:
         """What the solver knows of the step."""
-        price = Prices(self.target, self.objective, self.host)
+        return self._model(self.host)
+
+    @functools.cached_property
+    def on_device(self) -> Model:
+        """The same, if nothing is offloaded."""
+        return self._model(0) if self.host else self.model
+
+    def _model(self, host: int) -> Model:
+        price = Prices(self.target, self.objective, host)
         return model_of(self.flat, self.differentiated, price, results=self.results, deadline=self.deadline)
 
     @functools.cached_property
@@ -171,10 +175,6 @@ class Planner:
     def offset(self) -> int:
         """How much more the compiled step takes than predicted."""
         return self.before.device_bytes - self._predict(self.fn, self.model.plain)
-
-    def path(self, at: int) -> Path:
-        """Point ``at`` of the frontier."""
-        return self.model.frontier.path(at)
 
     def applied(self, path: Path) -> Callable[..., Any]:
         """The loss, run as a path says."""
@@ -200,6 +200,18 @@ class Planner:
     def compiled(self) -> list[tuple[Path, int]]:
         """Every path that was compiled, and its device bytes."""
         return [(self._paths[key], m.device_bytes) for key, m in self._measurements.items()]
+
+    def _search(self, frontier: Frontier, budget: int, compiles: int) -> list[Path]:
+        """The paths of a frontier that were compiled to find the fastest that fits."""
+        found = loop.search(
+            len(frontier.peaks),
+            budget,
+            lambda at: self.predicted(frontier.path(at)),
+            lambda at: self.measured(frontier.path(at)).device_bytes,
+            self.offset,
+            compiles,
+        )
+        return [frontier.path(t.at) for t in found.trials]
 
     def _best(self, budget: int) -> Path | None:
         """The fastest of all that was compiled and fits, for other budgets too."""
