@@ -7,31 +7,38 @@ from typing import Any
 
 import jax
 
-# None, or (offloader, whether a call that it covers is already being traced).
+# None, or (offloader, whether a call that it covers is already being traced, whether a context of the user's put it there).
 _OFFLOADER = jax.make_user_context(None)
+_NONE = (None, False, False)
 _SILENCED = jax.make_user_context(False)
 
 
 def current() -> Any:
     """The offloader that the next outermost call should run under, or None."""
-    offloader, inside = _OFFLOADER.value or (None, False)
+    offloader, inside, _ = _OFFLOADER.value or _NONE
     return None if inside else offloader
 
 
 def reaches(offloader: Any) -> bool:
     """Whether ``offloader`` is in force already: the next outermost call, or the one around this, runs under it."""
-    return (_OFFLOADER.value or (None, False))[0] == offloader
+    return (_OFFLOADER.value or _NONE)[0] == offloader
 
 
-def using(offloader: Any) -> contextlib.AbstractContextManager:
+def is_context() -> bool:
+    """Whether what is in force is a context of the user's, which says on leaving what it did; else a wrapped model's."""
+    return (_OFFLOADER.value or _NONE)[2]
+
+
+def using(offloader: Any, *, context: bool = False) -> contextlib.AbstractContextManager:
     """Put ``offloader`` (None: no offloading) in force; the innermost wins."""
-    return _OFFLOADER(None if offloader is None else (offloader, False))
+    context |= is_context() and reaches(offloader)
+    return _OFFLOADER(None if offloader is None else (offloader, False, context))
 
 
 def covered() -> contextlib.AbstractContextManager:
     """Mark that what is traced now is inside a call that the offloader already covers."""
-    offloader, _ = _OFFLOADER.value or (None, False)
-    return _OFFLOADER((offloader, True))
+    offloader, _, context = _OFFLOADER.value or _NONE
+    return _OFFLOADER((offloader, True, context))
 
 
 def silenced() -> contextlib.AbstractContextManager:

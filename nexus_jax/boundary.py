@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 
-from nexus_jax.flat import Flat, flatten
+from nexus_jax.flat import Flat, filling, flatten
 from nexus_jax.offloading import transfer
+from nexus_jax.offloading.gradient import differentiated
 from nexus_jax.offloading.window import Windows
 from nexus_jax.policy.places import checkpoint_by_name
 from nexus_jax.policy.rules import Policy, Whole, nbytes
@@ -207,12 +206,7 @@ def planned(whole: Whole, model: type) -> Callable[..., Any]:
             moving = tuple(i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero))
             program = whole.program(Call(flat, moving, model))
 
-            def of(*values: Any) -> list[Any]:
-                filled = list(primals)
-                for i, x in zip(moving, values, strict=True):
-                    filled[i] = x
-                return program(*filled)
-
+            of = filling(program, primals, moving)
             return jax.jvp(of, [primals[i] for i in moving], [tangents[i] for i in moving])
 
         call.defjvp(rule, symbolic_zeros=True)
@@ -245,43 +239,27 @@ def offloaded(
 
     def run(fun: Callable[..., Any], weights: Any, rest: Any, inputs: bool = False) -> Any:
         flat = _Flat(fun, weights, rest)
-        # Values that fun closes over must be arguments: custom_vjp does not differentiate closures.
+        # Values that fun closes over must be arguments: JAX's custom rules do not differentiate closures.
         converted, closed_over = jax.closure_convert(flat.body, *flat.arrays)
         n_own, end = flat.n_weights, len(flat.arrays)
 
-        @jax.custom_vjp
-        def call(*arrays):
-            return converted(*arrays)
-
-        def forward(*arrays):
+        def staged(arrays: Sequence[Any], moving: Sequence[int]) -> transfer.Forward:
             fixed = [not inputs or i < n_own or i >= end for i in range(len(arrays))]
             weight = [i < n_own or i >= end for i in range(len(arrays))]
-            staged = transfer.Forward(
-                converted, arrays, fixed=fixed, weights=weight, wanted=wanted, ahead=ahead, windows=windows
+            forward = transfer.Forward(
+                converted,
+                arrays,
+                moving=moving,
+                fixed=fixed,
+                weights=weight,
+                wanted=wanted,
+                ahead=ahead,
+                windows=windows,
             )
-            traced(sum(nbytes(v.aval) for v in staged.moved))
-            out, kept = staged(arrays, to_host)
-            return out, (Static(staged.way_back()), kept)
+            traced(sum(nbytes(v.aval) for v in forward.moved))
+            return forward
 
-        def backward(residuals, cotangents):
-            back, kept = residuals
-            return transfer.backward(back.value, kept, cotangents, to_device, ahead)
-
-        call.defvjp(forward, backward)
+        call = differentiated(converted, staged, to_host, to_device)
         return flat.result(call(*flat.arrays, *closed_over))
 
     return run
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, eq=False)
-class Static:
-    """Configuration on its way through JAX; equal only to itself."""
-
-    value: Any
-
-
-def is_floating(x: Any) -> bool:
-    """Whether an array holds inexact numbers (keys and integers do not)."""
-    dtype = getattr(x, "dtype", None)
-    return isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.inexact)

@@ -48,7 +48,7 @@ MATMULS = _set("dot_general conv_general_dilated ragged_dot ragged_dot_general")
 # Another name for the same bytes: nothing is computed or moved. A transpose is one too: compilers choose layouts.
 _VIEWS = _set(
     "reshape squeeze expand_dims transpose name copy copy_p stop_gradient sharding_constraint mesh_cast reshard pvary "
-    "pcast layout_constraint bitcast_convert_type random_wrap random_unwrap device_put"
+    "pcast layout_constraint bitcast_convert_type random_wrap random_unwrap device_put with_memory_space_constraint"
 )
 
 # As a view, but the value is in memory on both sides.
@@ -58,19 +58,22 @@ _BARRIERS = _set("optimization_barrier")
 _ELEMENTWISE = _set(
     "abs acos acosh add add_any add_jaxvals and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz "
     "complex conj cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac "
-    "imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul ne neg nextafter not "
+    "imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi ne neg nextafter not "
     "one_minus_square or polygamma polynomial population_count pow real regularized_incomplete_beta rem round rsqrt "
     "select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta"
 )
 
 # Fused like those, and nothing is computed.
-_MOVES = _set("broadcast_in_dim convert_element_type reduce_precision iota pad rev axis_index empty empty2")
+_MOVES = _set(
+    "broadcast_in_dim broadcast_to tile zeros_like convert_element_type reduce_precision iota pad rev axis_index "
+    "platform_index empty empty2"
+)
 
 # Fused too: an element of the input that no output element is made of is not read.
-_SLICES = _set("slice dynamic_slice split")
+_SLICES = _set("slice dynamic_slice split unstack")
 
 _COPIES = _set(
-    "concatenate dynamic_update_slice gather scatter all_gather all_gather_invariant all_gather_reduced all_to_all "
+    "concatenate stack dynamic_update_slice gather scatter all_gather all_gather_invariant all_gather_reduced all_to_all "
     "ppermute pbroadcast ragged_all_to_all create_token after_all debug_callback debug_print"
 )
 
@@ -78,7 +81,9 @@ _REDUCTIONS = _set("reduce_sum reduce_max reduce_min reduce_prod reduce_and redu
 
 _CUMULATIVE = _set("cumsum cumprod cummax cummin cumlogsumexp")
 
-_SCATTERS = _set("scatter-add scatter-mul scatter-min scatter-max scatter_add scatter_mul scatter_min scatter_max")
+_SCATTERS = _set(
+    "scatter-add scatter-sub scatter-mul scatter-min scatter-max scatter_add scatter_sub scatter_mul scatter_min scatter_max"
+)
 
 _SUMS_OF_DEVICES = _set("psum psum_invariant pmax pmin reduce_scatter unreduced_psum unreduced_reduce_scatter")
 

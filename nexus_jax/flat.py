@@ -9,10 +9,12 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 
 from nexus_jax import _compat
@@ -157,3 +159,21 @@ def digest_of(found: Any) -> str:
 def avals(flat: Flat) -> list[jax.ShapeDtypeStruct]:
     """What a program takes, as JAX wants to be shown it."""
     return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in flat.jaxpr.invars]
+
+
+def filling(fun: Callable[..., Any], arrays: Sequence[Any], moving: Sequence[int]) -> Callable[..., Any]:
+    """``fun`` as a function of its arguments ``moving`` alone; the others are as in ``arrays``."""
+
+    def of(*values: Any) -> Any:
+        filled = list(arrays)
+        for i, x in zip(moving, values, strict=True):
+            filled[i] = x
+        return fun(*filled)
+
+    return of
+
+
+def is_floating(x: Any) -> bool:
+    """Whether an array holds inexact numbers (keys and integers do not)."""
+    dtype = getattr(x, "dtype", None)
+    return isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.inexact)

@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding
 from jax.tree_util import SequenceKey
 
 from nexus_jax import _compat, adapters
-from nexus_jax.boundary import is_floating, split
+from nexus_jax.boundary import split
+from nexus_jax.flat import is_floating
 from nexus_jax.scopes import STEP
 from nexus_jax.targets import cache as caches
 from nexus_jax.targets.compiler import Job, Target

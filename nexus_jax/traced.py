@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from nexus_jax import _compat, adapters
-from nexus_jax.boundary import is_floating, split
+from nexus_jax.boundary import split
+from nexus_jax.flat import is_floating
 
 _DATA = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 _BACKWARD = "nexus_jax_backward"

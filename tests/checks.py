@@ -1,6 +1,7 @@
 """What every transform is held to: same values, same state, fewer residual bytes, recomputed matmuls."""
 
 import re
+from unittest import mock
 
 import chex
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 import nexus_jax as nj
+from nexus_jax import flat
 from nexus_jax.flops import count_matmuls
 
 SMALL = nj.SelectiveCheckpointConfig(policy="auto", auto_wrap_min_params=100)
@@ -129,3 +131,9 @@ def normalised(hlo: str) -> list[str]:
         for line in hlo.splitlines()
         if " = " in line
     ]
+
+
+def steps_of(closed):
+    """The equations of a differentiated program that its results need; calls opened, those of custom derivatives too."""
+    with mock.patch.dict(flat._CALLS, custom_jvp_call="call_jaxpr"):
+        return flat.flatten(closed).eqns

@@ -115,6 +115,8 @@ FORMULAS = {
     "integers": (lambda x: jnp.bitwise_and(x.astype(jnp.int32) + 1, 3), [(4, 6)], 2 * 24),
     "broadcast": (lambda x, y: x + y, [(4, 6), (6,)], 24),
     "moves": (lambda x: jnp.flip(jnp.pad(x.T[None, ::2].astype(jnp.bfloat16), 1)), [(4, 6)], 0),
+    "taken apart": (lambda x: [row for row in x], [(4, 6)], 0),
+    "put together": (lambda x: jnp.tile(jnp.stack([x, jnp.zeros_like(x)]), 2), [(4, 6)], 0),
     "reduction": (lambda x: jnp.sum(x, 0), [(4, 6)], 24),
     "argmax": (lambda x: jnp.argmax(x, 1), [(4, 6)], 24),
     "cumulative": (lambda x: jax.lax.cumsum(x, 1) + jax.lax.cummax(x, 0), [(4, 6)], 3 * 24),

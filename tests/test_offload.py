@@ -1,6 +1,7 @@
 """The offloader: residuals in host memory, values unchanged, and never in silence."""
 
 import contextlib
+import functools
 import threading
 import warnings
 
@@ -27,8 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:on the CPU:nexus_jax.OffloadWarn
 
 @pytest.fixture(autouse=True)
 def fresh_memory():
-    """What was offloaded before, in another test, must not keep this one from warning."""
+    """What was offloaded or said before, in another test, must not keep this one from warning."""
     offload._SEEN.clear()
+    offload._SAID.clear()
 
 
 def host_bytes(loss, *args):
@@ -254,6 +256,65 @@ def test_hessians_in_a_context():
         chex.assert_trees_all_close(expected, (jax.hessian(f)(W), jax.grad(lambda w: jnp.sum(jax.grad(f)(w) ** 2))(W)))
 
 
+def deep(ws, x):
+    """Layers, each a step between fences."""
+    for w in ws:
+        x = jnp.tanh(x @ w) + x
+    return jnp.sum(x * jnp.sin(x))
+
+
+def scanned(ws, x):
+    return jnp.sum(jnp.sin(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w) + x, None), x, ws)[0]))
+
+
+PENALTY = lambda f: jax.grad(lambda ws, x: jnp.sum(jax.grad(f, 1)(ws, x) ** 2))
+DERIVATIVES = {
+    "jvp": lambda f: lambda ws, x: jax.jvp(f, (ws, x), (ws, x)),
+    "jvp by one of them": lambda f: lambda ws, x: jax.jvp(lambda x: f(ws, x), (x,), (x,)),
+    "linearize": lambda f: lambda ws, x: jax.linearize(f, ws, x)[1](ws, x),
+    "forward": lambda f: jax.jacfwd(f, 1),
+    "forward over reverse": lambda f: jax.jacfwd(jax.grad(f), 1),
+    "reverse over forward": lambda f: jax.jacrev(jax.jacfwd(f, 1)),
+    "forward over forward": lambda f: jax.jacfwd(jax.jacfwd(f, 1), 1),
+    "gradient penalty": PENALTY,
+    "gradient penalty of a jitted gradient": lambda f: jax.grad(lambda ws, x: jnp.sum(jax.jit(jax.grad(f, 1))(ws, x) ** 2)),
+    "per example": lambda f: lambda ws, x: jax.vmap(jax.grad(f), (None, 0))(ws, jnp.stack([x, 2 * x])),
+    "of a sum over examples": lambda f: jax.grad(lambda ws, x: jax.vmap(f, (None, 0))(ws, jnp.stack([x, 2 * x])).sum()),
+    "forward, of examples": lambda f: lambda ws, x: jax.vmap(lambda x: jax.jvp(f, (ws, x), (ws, x)))(jnp.stack([x, 2 * x])),
+    "checkpointed": lambda f: jax.grad(jax.checkpoint(f)),
+    "forward, in a scan": lambda f: lambda ws, x: jax.jvp(lambda x: jax.lax.scan(lambda c, t: (c + f(ws, t * x), None), 0.0, x[0])[0], (x,), (x,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("model", [deep, scanned])
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
+def test_every_derivative_is_the_plain_one(derivative, model, jit):
+    ws, x = jax.random.normal(jax.random.key(0), (6, 4, 4)) / 2, jax.random.normal(jax.random.key(1), (3, 4))
+    ours = nj.ActivationOffloader(offload_threshold_mb=0.0, prefetch_ahead=1).wrap(model)
+    assert host_bytes(ours, ws, x)
+    run = jax.jit if jit else lambda f: f
+    assert_close(run(derivative(model))(ws, x), run(derivative(ours))(ws, x), 1e-5)
+
+
+def test_making_what_is_on_the_host_again_takes_the_matmuls_that_made_it():
+    """And not the conditionals between the layers."""
+    ws, x = jax.random.normal(jax.random.key(0), (6, 4, 4)) / 2, jax.random.normal(jax.random.key(1), (3, 4))
+    found = nj.residuals(nj.ActivationOffloader(offload_threshold_mb=0.0).wrap(deep), ws, x)
+    again = [r.recompute.matmuls for r in found if r.place == "host"]
+    assert sorted(set(again)) == [(("dot_general", n),) for n in (1, 2, 3, 4, 5)]
+
+
+def test_what_nobody_differentiates_by_keeps_nothing():
+    """By the input of the first layer alone: no activation is multiplied with the gradient of a weight."""
+    ws, x = jax.random.normal(jax.random.key(0), (6, 4, 4)) / 2, jax.random.normal(jax.random.key(1), (3, 4))
+    linear = lambda ws, x: jnp.sum(functools.reduce(jnp.matmul, ws, x))
+    ours = nj.ActivationOffloader(offload_threshold_mb=0.0).wrap(linear)
+    assert host_bytes(ours, ws, x)
+    with pytest.warns(nj.OffloadWarning, match="nothing floating-point is kept but arguments"):
+        assert "<host>" not in str(jax.make_jaxpr(jax.grad(ours, 1))(ws, x))
+
+
 def test_context_opened_inside_the_loss_of_a_plain_nnx_model_says_what_to_write():
     def loss(m):
         with nj.ActivationOffloader(offload_threshold_mb=1.5 * KB).offload_context():
@@ -272,6 +333,26 @@ def test_threshold_that_no_residual_reaches_names_the_largest(gpt):
         jax.grad(linen_loss(model, TOKENS))(params)
 
 
+@pytest.mark.parametrize("kind", ["linen", "nnx", "function"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_wrapped_model_that_no_threshold_reaches_names_the_largest(gpt, kind, jit):
+    wrap = nj.ActivationOffloader().wrap
+    if kind == "nnx":
+        model = wrap(NNXGPT(layers=2, rngs=nnx.Rngs(0)))
+        transform, loss, argument = (nnx.jit if jit else lambda f: f), lambda m: loss_of(m(TOKENS), TOKENS), model
+        grad = nnx.grad
+    else:
+        model, argument = gpt
+        loss = linen_loss(wrap(model), TOKENS) if kind == "linen" else wrap(linen_loss(model, TOKENS))
+        transform, grad = (jax.jit if jit else lambda f: f), jax.grad
+    loss(argument)  # nobody differentiates it
+    with pytest.warns(nj.OffloadWarning, match=r"largest residual is 0\.0156 MB, below offload_threshold_mb=10;"):
+        grad(transform(loss))(argument)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grad(loss)(argument)  # once
+
+
 def test_what_keeps_nothing_but_arguments_says_so():
     wrapped = nj.ActivationOffloader(offload_threshold_mb=0.0)
     f = wrapped.wrap(lambda w: jnp.sum(jnp.sin(w)))
@@ -281,7 +362,8 @@ def test_what_keeps_nothing_but_arguments_says_so():
     ):
         grads = jax.grad(f)(jnp.eye(4))
     assert jnp.allclose(grads, jnp.cos(jnp.eye(4)))
-    assert nj.residuals(f, jnp.eye(4)).host_bytes == 0
+    with pytest.warns(nj.OffloadWarning, match="nothing floating-point is kept but arguments"):  # in no context
+        assert nj.residuals(f, jnp.eye(4)).host_bytes == 0
 
 
 def test_documented_combination_in_a_forward():

@@ -13,7 +13,7 @@ from nexus_jax.offloading.window import Windows
 from nexus_jax.policy.rules import MB
 from nexus_jax.targets import sheet
 
-pytestmark = pytest.mark.filterwarnings("ignore:on the CPU")
+pytestmark = pytest.mark.filterwarnings("ignore:on the CPU", "ignore:nothing was offloaded")
 LAYERS = 6
 TOKENS = 1024
 

@@ -11,7 +11,7 @@ import models
 import numpy as np
 import pytest
 import tomli_w
-from checks import assert_close, unfused
+from checks import assert_close, steps_of, unfused
 from flax import nnx
 
 import nexus_jax as nj
@@ -146,6 +146,8 @@ def test_stages_send_away_what_the_plan_says_and_change_nothing(offload, jit):
         assert_close(jax.jit(grad(planned))(ws, x), grad(fn)(ws, x))
     else:
         chex.assert_trees_all_equal(grad(planned)(ws, x), grad(fn)(ws, x))
+    forward = lambda f: jax.jvp(lambda x: f(ws, x)[0], (x,), (x,))
+    assert_close(forward(planned), forward(fn))
     found = nj.residuals(lambda *a: planned(*a)[0], ws, x)
     inside, between = len({0, 2} & {*offload}), 5  # nobody needs what the last layer hands to the sum
     assert found.host_bytes == (6 * inside + (between if 3 in offload else 0)) * 8 * 16 * 4
@@ -157,7 +159,7 @@ def test_stages_copy_beside_their_neighbours():
     loss = Loss(fn, (ws, x))
     run = rewritten(loss.flat, by_fours(loss.flat, offload=(0, 2)))
     step = jax.value_and_grad(lambda ws, x: loss.result(run(*loss.flat.consts, *ws, x)), has_aux=True)
-    conds = [e for e in jax.make_jaxpr(step)(ws, x).eqns if e.primitive.name == "cond"]
+    conds = [e for e in steps_of(jax.make_jaxpr(step)(ws, x)) if e.primitive.name == "cond"]
     taken = [c.params["branches"][1].jaxpr.eqns for c in conds]
     copies = [sum(e.primitive.name == "device_put" for e in eqns) for eqns in taken]
     assert copies == [0, 2, 2, 2, 2, 4, 4, 2, 2, 2, 2, 0]  # the last layer's own move with it

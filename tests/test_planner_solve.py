@@ -4,7 +4,7 @@ import itertools
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nexus_jax.planner.graph import GIGA, CannotRecompute, Choice, Graph, Link, Op, price
@@ -81,8 +81,19 @@ def test_the_optimum_with_a_host_is_that_of_all_choices(graph, device, host):
         assert price(graph, found).host <= host
 
 
+PARTS_OF_A_TICK = Graph(  # the second of two bytes that move costs a tick in the price, and next to nothing before it
+    sizes=(1, 1, 0),
+    ops=(Op(ins=(0,), outs=(1,), cost=1), Op(ins=(0,), outs=(2,), cost=0)),
+    needed=frozenset({0, 1}),
+    keepable=frozenset({0, 1, 2}),
+    movable=frozenset({0, 1}),
+    link=Link(out=0, back=0, touch=GIGA // 10 + 1, already=8),
+)
+
+
 @settings(max_examples=200, deadline=None)
 @given(graphs(largest=5, transfers=True), st.integers(1, 30), st.sampled_from([None, 0, 3]))
+@example(PARTS_OF_A_TICK, 2, 0)
 def test_the_frontier_with_a_host_is_that_of_all_choices(graph, host, solves):
     prices = {(p.device, p.ticks) for _, p in choices(graph, offload=True) if p.host <= host}
     undominated = {p for p in prices if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in prices)}

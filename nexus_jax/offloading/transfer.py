@@ -19,11 +19,12 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.extend import core as jex
 
 from nexus_jax import _compat
-from nexus_jax.flat import flatten, live
+from nexus_jax.flat import filling, flatten, is_floating, live
 from nexus_jax.offloading import marks, scans
 from nexus_jax.offloading.hazards import check_loops
 from nexus_jax.offloading.keep import Kept, keep, latest
@@ -44,12 +45,26 @@ class WayBack:
         kept: what was kept, and what makes the residuals of it.
         groups: for each stage, first stage first, which of the kept values its backward pass is the first to need.
         moved: which of the kept values wait on the host.
+        outs: the types of the results.
+        ahead: how many layers before its own a value comes back.
     """
 
     treedef: Any
     kept: Kept
     groups: list[list[int]]
     moved: list[bool]
+    outs: list[Any]
+    ahead: int
+
+    def plainly(self, kept: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+        """The gradients by all arrays that the forward program is differentiated by, with everything on the device.
+
+        Args:
+            cotangents: those of its floating-point results.
+        """
+        it = iter(cotangents)
+        whole = [next(it) if is_floating(o) else np.zeros(o.shape, jax.dtypes.float0) for o in self.outs]
+        return list(self.treedef.unflatten(self.kept.residuals(kept))(whole))
 
 
 class Forward:
@@ -58,6 +73,7 @@ class Forward:
     Args:
         fun: the program, of arrays, returns a list of arrays.
         arrays: what it is called with.
+        moving: which of them it is differentiated by, by number.
         fixed: which of them are there all the time, and never leave.
         weights: which of them are parameters.
         wanted: asked of the type of each value that may leave, whether it goes to the host.
@@ -72,6 +88,7 @@ class Forward:
         fun: Callable[..., Any],
         arrays: Sequence[Any],
         *,
+        moving: Sequence[int],
         fixed: Sequence[bool],
         weights: Sequence[bool],
         ahead: int,
@@ -82,7 +99,7 @@ class Forward:
         known: dict[str, Any] = {}
 
         def program(*arrays):
-            out, backward = jax.vjp(fun, *arrays)
+            out, backward = jax.vjp(filling(fun, arrays, moving), *(arrays[i] for i in moving))
             leaves, known["treedef"] = jax.tree.flatten(backward)
             known["n"] = len(out)
             return [*out, *leaves]
@@ -152,6 +169,8 @@ class Forward:
             kept=self.kept,
             groups=[[number[v] for v in group] for group in self.groups],
             moved=[v in self.moved for v in self.kept.variables],
+            outs=[v.aval for v in self.outs],
+            ahead=self.ahead,
         )
 
     def _groups(self, values: set[Any]) -> list[list[Any]]:
@@ -167,12 +186,31 @@ class Forward:
                 groups[of.get(v, 0)].append(v)
         return groups
 
-    def __call__(self, args: Sequence[Any], to_host: Callable[[Any], Any]) -> tuple[list[Any], list[Any]]:
-        """The program's results, and what is kept."""
-        env = dict(zip(self.jaxpr.invars, [*self.consts, *args], strict=True))
+    def __call__(self, args: Sequence[Any], to_host: Callable[[Any], Any]) -> list[Any]:
+        """The program's results, and then what is kept and no argument; takes ``consts`` and the program's arguments."""
+        env = dict(zip(self.jaxpr.invars, args, strict=True))
         host = self._run_loops(env, to_host) if self.loops else self._run_layers(env, to_host)
         host.update((v, to_host(env[v])) for v in self.kept.variables if v in self.moved and v not in host)
-        return [_read(env, v) for v in self.outs], [host[v] if v in self.moved else env[v] for v in self.kept.variables]
+        return [_read(env, v) for v in self.outs] + [host[v] if v in self.moved else env[v] for v in self._made()]
+
+    def plainly(self, args: Sequence[Any], to_host: Callable[[Any], Any]) -> list[Any]:
+        """The same, in no stages."""
+        env = dict(zip(self.jaxpr.invars, args, strict=True))
+        env.update(zip(self.jaxpr.outvars, jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, ()))(*args), strict=True))
+        return [_read(env, v) for v in self.outs] + [
+            to_host(env[v]) if v in self.moved else env[v] for v in self._made()
+        ]
+
+    def split(self, args: Sequence[Any], made: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """The program's results and all that is kept, from the arguments and what it returns."""
+        n = len(self.outs)
+        env = dict(zip([*self.jaxpr.invars, *self._made()], [*args, *made[n:]], strict=True))
+        return list(made[:n]), [env[v] for v in self.kept.variables]
+
+    def _made(self) -> list[Any]:
+        """What is kept and no argument, or an argument that leaves."""
+        given = set(self.jaxpr.invars)
+        return [v for v in self.kept.variables if v in self.moved or v not in given]
 
     def _run_loops(self, env: dict[Any, Any], to_host: Callable[[Any], Any]) -> dict[Any, Any]:
         """Scans whose steps send what they keep away; returns what is on the host."""
@@ -194,7 +232,7 @@ class Forward:
 
     def _run_layers(self, env: dict[Any, Any], to_host: Callable[[Any], Any]) -> dict[Any, Any]:
         """Stages, each beside what the one before it made; returns what is on the host."""
-        leaving = [v for v in self.moved if v in env]
+        leaving = [v for v in self.kept.variables if v in self.moved and v in env]
         host: dict[Any, Any] = {}
         *layers, head = self.stages
         for i, stage in enumerate(layers):
@@ -219,28 +257,16 @@ def _leaving(n_stages: int, ahead: int) -> int:
 
 
 def backward(
-    way: WayBack, kept: Sequence[Any], cotangents: Sequence[Any], to_device: Callable[[Any], Any], ahead: int
-) -> tuple[Any, ...]:
-    """The gradients of all arrays that the forward program took."""
+    way: WayBack, kept: Sequence[Any], cotangents: Sequence[Any], to_device: Callable[[Any], Any]
+) -> list[Any]:
+    """What :meth:`WayBack.plainly` returns, in stages; what waits on the host comes back for them."""
     at_home = [jax.eval_shape(to_device, x) if m else x for x, m in zip(kept, way.moved, strict=True)]
-    cotangents = [c if hasattr(c, "dtype") else jnp.asarray(c) for c in cotangents]
-    moving = [c for c in cotangents if c.dtype != jax.dtypes.float0]
-    known: dict[str, Any] = {}
-
-    def program(kept, moving):
-        it = iter(moving)
-        filled = [c if c.dtype == jax.dtypes.float0 else next(it) for c in cotangents]
-        grads = way.treedef.unflatten(way.kept.residuals(kept))(filled)
-        known["grads"] = [None if g.dtype != jax.dtypes.float0 else g for g in grads]
-        return [g for g in grads if g.dtype != jax.dtypes.float0]
-
-    flat = flatten(jax.make_jaxpr(program)(at_home, moving))
-    n = len(flat.jaxpr.invars) - len(moving)
+    flat = flatten(jax.make_jaxpr(way.plainly)(at_home, cotangents))
+    n = len(flat.jaxpr.invars) - len(cotangents)
     jaxpr = latest(scans.fused(flat.jaxpr), flat.jaxpr.invars[n:])
     groups = [[jaxpr.invars[i + len(flat.consts)] for i in group] for group in way.groups]
     waiting = {v for v, m in zip(jaxpr.invars[len(flat.consts) :], way.moved, strict=False) if m}
-    grads = iter(Backward(jaxpr, groups, waiting, ahead)([*flat.consts, *kept, *moving], to_device))
-    return tuple(next(grads) if g is None else g for g in known["grads"])
+    return Backward(jaxpr, groups, waiting, way.ahead)([*flat.consts, *kept, *cotangents], to_device)
 
 
 class Backward:

@@ -117,7 +117,7 @@ class _Fusion:
     def _small(self, user: Node, out: Value) -> bool:
         """Whether an operation keeps a matmul's result as it is, or makes less of it."""
         made = user.outs[0]
-        if user.op in ("concatenate", "pad", "broadcast_in_dim"):
+        if user.op in ("concatenate", "stack", "pad", "broadcast_in_dim"):
             return False
         return self.size(made) <= self.size(out) or made in self.results
 
@@ -150,7 +150,7 @@ class _Fusion:
 
     def _worth_writing(self, node: Node, out: Value, sources: dict[Value, None], readers: frozenset) -> bool:
         """Whether the readers, each computing a value anew, would move more bytes than writing and reading it does."""
-        if node.op == "concatenate" and self.backend.fused_operands:
+        if node.op in ("concatenate", "stack") and self.backend.fused_operands:
             return False  # a matmul reads the pieces
         count, once = len(readers), self.size(out)
         moved = sum(self.size(v) for v in sources)

@@ -16,7 +16,8 @@ from jax.extend import core as jex
 
 from nexus_jax import _compat
 from nexus_jax import flat as flats
-from nexus_jax.boundary import Call, is_floating
+from nexus_jax.boundary import Call
+from nexus_jax.flat import is_floating
 from nexus_jax.planner import files
 from nexus_jax.planner.allocate import Path
 from nexus_jax.planner.budget import budget_of

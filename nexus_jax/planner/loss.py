@@ -13,8 +13,8 @@ from flax import nnx
 
 from nexus_jax import adapters
 from nexus_jax import flat as flats
-from nexus_jax.boundary import is_floating, split
-from nexus_jax.flat import Flat
+from nexus_jax.boundary import split
+from nexus_jax.flat import Flat, is_floating
 
 _DATA = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 

@@ -11,7 +11,7 @@ import jax
 from jax.extend import core as jex
 
 from nexus_jax import costs, flops
-from nexus_jax.boundary import is_floating
+from nexus_jax.flat import is_floating
 from nexus_jax.peak import rules
 from nexus_jax.planner.graph import GIGA, Link
 from nexus_jax.policy.rules import nbytes

@@ -7,17 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 
 from nexus_jax import _compat
 from nexus_jax import flat as flats
-from nexus_jax.boundary import Static, is_floating
 from nexus_jax.flat import Flat
 from nexus_jax.offloading import marks, transfer
+from nexus_jax.offloading.gradient import differentiated
 from nexus_jax.planner.needs import name_equation, nameable
 from nexus_jax.policy.places import OFFLOAD, SAVE
 
@@ -91,37 +88,15 @@ def rewritten(flat: Flat, segments: Sequence[Segment]) -> Callable[..., list[Any
 
 def _moving(flat: Flat, run: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """A program that marks its stages, differentiated with the copies that they ask for."""
-    call = jax.custom_vjp(lambda *given: jex.jaxpr_as_fun(jex.ClosedJaxpr(flat.jaxpr, ()))(*given))
 
-    def forward(*given: Any) -> Any:
-        arrays = [x.value for x in given]
-        moving = [i for i, x in enumerate(given) if x.perturbed and is_floating(x.value)]
-
-        def program(*values: Any) -> list[Any]:
-            filled = list(arrays)
-            for i, x in zip(moving, values, strict=True):
-                filled[i] = x
-            return run(*filled)
-
-        inputs = [arrays[i] for i in moving]
-        staged = transfer.Forward(
-            program, inputs, fixed=[True] * len(inputs), weights=[True] * len(inputs), ahead=_AHEAD, marked=True
+    def staged(arrays: Sequence[Any], moving: Sequence[int]) -> transfer.Forward:
+        all_of_them = [True] * len(arrays)
+        return transfer.Forward(
+            run, arrays, moving=moving, fixed=all_of_them, weights=all_of_them, ahead=_AHEAD, marked=True
         )
-        out, kept = staged(inputs, _to_host)
-        return out, (Static((staged.way_back(), moving)), kept)
 
-    def backward(residuals: Any, cotangents: Any) -> Any:
-        (way, moving), kept = residuals[0].value, residuals[1]
-        whole = [_filled(c) if isinstance(c, SymbolicZero) else c for c in cotangents]
-        grads = dict(zip(moving, transfer.backward(way, kept, whole, _to_device, _AHEAD), strict=True))
-        return tuple(grads.get(i) for i in range(len(flat.jaxpr.invars)))
-
-    call.defvjp(forward, backward, symbolic_zeros=True)
-    return lambda *given: list(call(*given))
-
-
-def _filled(zero: Any) -> Any:
-    return np.zeros(zero.shape, zero.dtype) if zero.dtype == jax.dtypes.float0 else jnp.zeros(zero.shape, zero.dtype)
+    plain = lambda *given: jex.jaxpr_as_fun(jex.ClosedJaxpr(flat.jaxpr, ()))(*given)
+    return differentiated(plain, staged, _to_host, _to_device)
 
 
 def _to_host(x: Any) -> Any:

@@ -14,8 +14,7 @@ from typing import Any
 from jax.extend import core as jex
 
 from nexus_jax import flat as flats
-from nexus_jax.boundary import is_floating
-from nexus_jax.flat import Flat
+from nexus_jax.flat import Flat, is_floating
 from nexus_jax.offloading.loops import Loop, loop_of
 from nexus_jax.planner.allocate import Option, Path
 from nexus_jax.planner.options import Way, Ways, undominated

@@ -263,6 +263,7 @@ class _Search:
                 return
             value = lambda p: p.ticks * nbytes + p.device * ticks
             doubt = (self._dearest() * nbytes + sum(self.graph.sizes) * ticks) >> 20
+            doubt += nbytes if self.model.link else 0  # the program knows parts of a tick, and a price is rounded up
             self.lines.append(Line(nbytes, ticks, min(value(paid), value(above.price)) - doubt))
             if value(paid) < value(above.price):
                 self._insert(choice, paid.device)

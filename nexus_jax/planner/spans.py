@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from jax.extend import core as jex
 
-from nexus_jax.boundary import is_floating
-from nexus_jax.flat import Flat
+from nexus_jax.flat import Flat, is_floating
 from nexus_jax.offloading.stages import variables
 from nexus_jax.planner import prices
 from nexus_jax.planner.graph import Graph, Op

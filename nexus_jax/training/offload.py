@@ -17,7 +17,8 @@ import jax.core
 from jax.sharding import SingleDeviceSharding
 
 from nexus_jax import _compat, adapters, ambient
-from nexus_jax.boundary import is_floating, offloaded
+from nexus_jax.boundary import offloaded
+from nexus_jax.flat import is_floating
 from nexus_jax.offloading.window import Windows
 from nexus_jax.policy.rules import MB, nbytes
 from nexus_jax.targets.compiler import find_target
@@ -136,17 +137,20 @@ class ActivationOffloader:
         """``fun(weights, rest)`` with its residuals on the host; the boundary that adapters open models at."""
         if ambient.is_silenced():
             return fun(weights, rest)
-        seen = self._seen
+        seen, here, alone = self._seen, _Seen(), not ambient.is_context()
 
         def wanted(leaf: Any) -> bool:
             if is_floating(leaf):
-                seen.largest = max(seen.largest, nbytes(leaf))
+                here.largest = max(here.largest, nbytes(leaf))
             return self._should_offload(leaf)
 
         def traced(moved: int) -> None:
-            seen.traced = True
+            seen.traced = here.traced = True
+            seen.largest = max(seen.largest, here.largest)
             seen.offloaded += moved
             self._check_host(moved)
+            if alone and not moved:
+                _say_once(self._nothing(here))
 
         move = offloaded(wanted, self._to_host, self._to_device, self.prefetch_ahead, traced, self.windows)
         return move(fun, weights, rest, inputs)
@@ -195,41 +199,45 @@ class ActivationOffloader:
             OffloadWarning: nothing was offloaded, and why; or the host is too small for what is (of ``target``, or of this
                 machine if it has a GPU or a TPU): bytes wanted, bytes there.
         """
-        with self.in_force() as active:
+        with self.in_force(context=True) as active:
             yield self
         seen = self._seen
         if active and not seen.offloaded:
             warnings.warn(self._nothing(seen), OffloadWarning, stacklevel=3)
 
     @contextlib.contextmanager
-    def in_force(self) -> Iterator[bool]:
+    def in_force(self, context: bool = False) -> Iterator[bool]:
         """Offload what is traced inside, without a word on leaving: what a wrapped model's every call enters.
+
+        Args:
+            context: whether somebody will say on leaving if nothing was offloaded.
 
         Yields whether there is a host memory to offload to.
         """
         active = self.enabled and self._host_memory()
-        with ambient.using(self if active else None), adapters.linen.offloading(), _compat.vjp_through(_offloaded_vjp):
+        used = ambient.using(self if active else None, context=context)
+        with used, adapters.linen.offloading(), _compat.vjp_through(_offloaded_vjp):
             yield active
 
     def _nothing(self, seen: _Seen) -> str:
         if seen.traced and not seen.largest:
             return (
-                "nothing was offloaded in this context: nothing floating-point is kept but arguments, and what "
+                "nothing was offloaded: nothing floating-point is kept but arguments, and what "
                 "elementwise operations make of them again."
             )
         if seen.traced and self.offload_threshold_mb == "auto" and seen.largest >= self.threshold_bytes:
             return (
-                f"nothing was offloaded in this context: the largest residual is {seen.largest / MB:.3g} MB, and the link "
+                f"nothing was offloaded: the largest residual is {seen.largest / MB:.3g} MB, and the link "
                 f"of {self.target} moves none while a layer computes. Write offload_threshold_mb=1.0 to move what is not "
                 "hidden too, or recompute."
             )
         if seen.traced:
             return (
-                f"nothing was offloaded in this context: the largest residual is {seen.largest / MB:.3g} MB, below "
+                f"nothing was offloaded: the largest residual is {seen.largest / MB:.3g} MB, below "
                 f"offload_threshold_mb={self.threshold_bytes / MB:g}; write a smaller one."
             )
         return (
-            "nothing was offloaded in this context: no gradient was traced in it. Open it around jax.grad(...) or "
+            "nothing was offloaded: no gradient was traced in this context. Open it around jax.grad(...) or "
             "nnx.grad(...); where it is inside the loss, write model = offloader.wrap(model)."
         )
 
@@ -239,6 +247,10 @@ class ActivationOffloader:
         Args:
             model_or_function: a linen module (instance or class), an nnx module, or a function of pytrees and nnx
                 modules. A model comes back as a transformed copy, as from ``apply_selective_checkpointing``.
+
+        Warns:
+            OffloadWarning: where a gradient of it is traced and nothing is offloaded, once: the threshold and the largest
+                residual. ``offload_context`` says it on leaving.
         """
         if adapters.is_module(model_or_function):
             return adapters.of(model_or_function).transform(model_or_function, offloader=self if self.enabled else None)
@@ -297,7 +309,7 @@ class ActivationOffloader:
             >>> len(offloader.verify(loss, jnp.eye(4), jnp.ones((8, 4))).leaves)
             2
         """
-        found = verify(step, args, self.in_force, rtol)
+        found = verify(step, args, functools.partial(self.in_force, context=True), rtol)
         if self.enabled and not self._seen.offloaded:
             warnings.warn(self._nothing(self._seen), OffloadWarning, stacklevel=2)
         return found
