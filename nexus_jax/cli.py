@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.set_threshold(100_000, 20, 100)
     _quieten_devices(args)
     try:
+        _check_platforms()
         return args.run(args)
     except KeyboardInterrupt:
         print("nexus-jax: interrupted; finished compiles are kept", file=sys.stderr)
@@ -65,6 +66,22 @@ def _quieten_devices(args: argparse.Namespace) -> None:
     wanted = (args.target or ["local"]) if hasattr(args, "target") else []
     if not getattr(jax.config, "jax_platforms", None) and ("local" not in wanted or _compat.no_accelerator()):
         jax.config.update("jax_platforms", "cpu")
+
+
+def _check_platforms() -> None:
+    """Raise a ``ValueError`` if the user named a platform that is not there: JAX may fail without a word, and anywhere."""
+    import jax
+
+    named = getattr(jax.config, "jax_platforms", None)
+    try:
+        if named and named != "cpu":
+            jax.devices()
+    except (Exception, SystemExit) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"JAX_PLATFORMS={named}: JAX has no such device here ({why}). Unset it, or write JAX_PLATFORMS=cpu: only "
+            "--target local needs a device."
+        ) from None
 
 
 def _in_one_line(record: Any) -> bool:

@@ -19,7 +19,7 @@ from jax.tree_util import SequenceKey
 
 from nexus_jax import _compat, adapters
 from nexus_jax.boundary import split
-from nexus_jax.flat import is_floating
+from nexus_jax.flat import filling, is_floating
 from nexus_jax.scopes import STEP
 from nexus_jax.targets import cache as caches
 from nexus_jax.targets.compiler import Job, Target
@@ -202,11 +202,8 @@ def step_of(
         raise TypeError(f"argnums={argnums!r}: that argument holds no array, so there is nothing to differentiate.")
 
     def fun(*given: Any) -> list[Any]:
-        def loss(*floats):
-            filled = list(given)
-            for i, x in zip(differentiated, floats, strict=True):
-                filled[i] = x
-            pieces = iter(filled)
+        def loss(*whole):
+            pieces = iter(whole)
             states = [r([next(pieces) for _ in range(c)]) for r, c in zip(rebuilds, counts, strict=True)]
             models = [adapters.nnx.opened_state(x, s) for x, s in zip(args, states, strict=True)]
             out = fn(*models)
@@ -214,9 +211,9 @@ def step_of(
             changed = [adapters.nnx.changed_state(x, m) for x, m in zip(args, models, strict=True)]
             return value, split((aux, changed))[0]
 
-        (value, rest), grads = jax.value_and_grad(loss, argnums=tuple(range(len(differentiated))), has_aux=True)(
-            *(given[i] for i in differentiated)
-        )
+        (value, rest), grads = jax.value_and_grad(
+            filling(loss, given, differentiated), argnums=tuple(range(len(differentiated))), has_aux=True
+        )(*(given[i] for i in differentiated))
         return [value, *rest, *grads]
 
     fun.__name__ = STEP

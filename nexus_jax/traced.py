@@ -11,7 +11,7 @@ import numpy as np
 
 from nexus_jax import _compat, adapters
 from nexus_jax.boundary import split
-from nexus_jax.flat import is_floating
+from nexus_jax.flat import filling, is_floating
 
 _DATA = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 _BACKWARD = "nexus_jax_backward"
@@ -59,12 +59,7 @@ class Traced:
         def step(*arrays):
             wrt = [i for i, x in enumerate(arrays) if is_floating(x)]
 
-            def forward(*floats):
-                filled = list(arrays)
-                for i, x in zip(wrt, floats, strict=True):
-                    filled[i] = x
-                return [x for x in self._run(filled) if is_floating(x)]
-
+            forward = filling(lambda *whole: [x for x in self._run(whole) if is_floating(x)], arrays, wrt)
             out, vjp = jax.vjp(forward, *(arrays[i] for i in wrt))
             leaves, treedef = jax.tree.flatten(vjp)
 

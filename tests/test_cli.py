@@ -299,6 +299,13 @@ def test_the_local_device_without_an_accelerator(tmp_path):
     assert local(tmp_path) == ""
 
 
+def test_a_platform_that_is_not_there_is_named():
+    argv = [sys.executable, "-m", "nexus_jax.cli", "residuals", "work.py:step"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "abacus"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("nexus-jax: JAX_PLATFORMS=abacus: JAX has no such device here (")
+
+
 def test_a_plugin_that_does_not_start_is_one_line(tmp_path):
     plugin = tmp_path / "plugins" / "jax_plugins" / "of_a_test"
     plugin.mkdir(parents=True)

@@ -31,6 +31,7 @@ from nexus_jax.offloading.keep import Kept, keep, latest
 from nexus_jax.offloading.loops import cuts_around, loops_that_keep, loops_that_take
 from nexus_jax.offloading.stages import Stage, layer_cuts, stages, use_cuts, variables
 from nexus_jax.offloading.window import Windows, largest
+from nexus_jax.policy.rules import nbytes
 
 HOST = jax.memory.Space.Host
 FEW = 4  # of fewer layers everything leaves
@@ -118,7 +119,7 @@ class Forward:
             jaxpr, outs, leaves, needed = scans.opened(jaxpr, outs, leaves, own)
             cuts = [] if scanned else layer_cuts(jaxpr, pick(weights))  # the steps of a scan are the layers
             if len(cuts) < FEW:  # nothing is gained between so few, and waists may be none of layers
-                cuts = []
+                cuts = [cut for cut in cuts[-1:] if _is_head(jaxpr, cut, outs, set(variables(leaves)) - own)]
         self.ahead = ahead
         self.treedef, self.consts = known["treedef"], flat.consts
         self.kept = keep(jaxpr, stages(jaxpr, cuts), leaves, own, needed)
@@ -244,6 +245,13 @@ class Forward:
             leaving = [] if last else made
         _run_plainly(head, env)
         return host
+
+
+def _is_head(jaxpr: Any, start: int, outs: Sequence[Any], kept: set[Any]) -> bool:
+    """Whether what follows an equation keeps more for itself than all before it: a loss over many words, say."""
+    made = {v for eqn in jaxpr.eqns[start:] for v in eqn.outvars}
+    size = lambda values: sum(nbytes(v.aval) for v in values)
+    return size(kept & made - set(variables(outs))) > size(kept - made)
 
 
 def _leaving(n_stages: int, ahead: int) -> int:

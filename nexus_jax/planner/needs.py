@@ -68,14 +68,12 @@ def needs_of(flat: Flat, differentiated: Sequence[int], results: Sequence[int] =
     run = jex.jaxpr_as_fun(jex.ClosedJaxpr(_named(flat), ()))
 
     def forward(*given: Any) -> Any:
-        def loss(*floats: Any) -> Any:
-            filled = list(given)
-            for i, x in zip(differentiated, floats, strict=True):
-                filled[i] = x
-            outs = run(*filled)
+        def loss(*whole: Any) -> Any:
+            outs = run(*whole)
             return [outs[i] for i in results], [x for i, x in enumerate(outs) if i not in results]
 
-        values, backward, aux = jax.vjp(loss, *(given[i] for i in differentiated), has_aux=True)
+        of = flats.filling(loss, given, differentiated)
+        values, backward, aux = jax.vjp(of, *(given[i] for i in differentiated), has_aux=True)
         return [*values, *aux], jax.tree.leaves(backward)
 
     closed = jax.make_jaxpr(forward)(*flats.avals(flat))
