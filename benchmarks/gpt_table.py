@@ -108,7 +108,11 @@ def linen_params(batch, length, layers):
 
 def flax_nnx(policy="none", batch=8, length=1024, layers=12, by_hand=False):
     """The same of the nnx GPT."""
-    graphdef, params, rest = nnx.split(nnx_model(policy, layers, length, by_hand), nnx.Param, ...)
+    return nnx_workload(nnx_model(policy, layers, length, by_hand), batch, length)
+
+
+def nnx_workload(model, batch, length):
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(p, rest, tokens):
         # nnx.remat by hand refuses Variables from outside the trace of the gradient: give it new ones

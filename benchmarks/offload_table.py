@@ -1,6 +1,6 @@
 """What offloading takes on targets that nobody here owns: the 12-layer GPT of docs/offload.md, unrolled, scanned, in nnx.
 
-    python benchmarks/offload_table.py [--targets h200,v5e] [--shapes unrolled,scanned,nnx] [--out benchmarks/results]
+    python benchmarks/offload_table.py [--targets h200,v5e] [--shapes unrolled,scanned,nnx,nnx-scanned] [--out benchmarks/results]
 
 Nothing runs. Bytes are those that the compiler sets aside, read from its buffer assignment: libtpu's own sums count
 fragmented memory twice. The distance of a copy is how many matmuls stand between its start and its end in the
@@ -20,6 +20,7 @@ import sys
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 import nexus_jax as nj
 from nexus_jax import report
@@ -44,7 +45,8 @@ ROWS = {
 # In a scan, copies are tied to its steps, whatever prefetch_ahead says.
 SAME = [name for name, (_, ahead) in ROWS.items() if ahead in (0, 2, 3)]
 NNX = ("none", "full remat", "ours, prefetch_ahead=0", "ours with heavy_ops, prefetch_ahead=1")
-SHAPES = {"unrolled": tuple(ROWS), "scanned": tuple(r for r in ROWS if r not in SAME), "nnx": NNX}
+SCANNED = tuple(r for r in ROWS if r not in SAME)
+SHAPES = {"unrolled": tuple(ROWS), "scanned": SCANNED, "nnx": NNX, "nnx-scanned": SCANNED}
 
 
 class Step(nn.Module):
@@ -70,6 +72,26 @@ class Scanned(nn.Module):
         return embed.attend(nn.LayerNorm(dtype=dtype, name="norm")(x))
 
 
+class NNXScanned(models.NNXGPT):
+    """The same in nnx."""
+
+    def __init__(self, layers, *, rngs, **sizes):
+        super().__init__(0, rngs=rngs, **sizes)
+        d, heads, dtype = (gpt_table.SIZE[name] for name in ("d", "heads", "dtype"))
+        make = nnx.vmap(lambda key: models.NNXBlock(d, heads, dtype=dtype, rngs=nnx.Rngs(key)))
+        self.layers = make(jax.random.split(rngs.params(), layers))
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        layers = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return self.embed.attend(self.norm(layers(x + self.pos[...].astype(x.dtype), self.layers)))
+
+
+def nnx_scanned(policy, batch, length, layers):
+    make = lambda: NNXScanned(layers, length=length, rngs=nnx.Rngs(0), **gpt_table.SIZE)
+    return gpt_table.nnx_workload(nj.apply_selective_checkpointing(nnx.eval_shape(make), policy), batch, length)
+
+
 def model_of(shape, policy, layers):
     plain = models.GPT(**gpt_table.SIZE, layers=layers) if shape == "unrolled" else Scanned(layers)
     return plain if policy == "none" else nj.apply_selective_checkpointing(plain, policy)
@@ -80,6 +102,8 @@ def workload(shape, row, layers, batch=8, length=1024):
     policy, ahead = ROWS[row]
     if shape == "nnx":
         loss, args = gpt_table.flax_nnx(policy, batch, length, layers)
+    elif shape == "nnx-scanned":
+        loss, args = nnx_scanned(policy, batch, length, layers)
     else:
         model, tokens = model_of(shape, policy, layers), jax.ShapeDtypeStruct((batch, length), jnp.int32)
         loss, args = lambda p, t: models.loss_of(model.apply(p, t), t), (_params(model, tokens), tokens)

@@ -201,6 +201,11 @@ def test_a_budget_as_a_file(tmp_path):
     assert nj.load_policy(tmp_path / "copy.toml").whole == found.whole
     assert hash(found) == hash(nj.load_policy(file))
     assert "memory_budget='50%'" in str(found)
+    file.write_text('memory_budget = "50%"\ntarget = "v5e"\nhost_budget = "48GiB"\n')
+    found = nj.load_policy(file)
+    assert found.whole == Budget(memory_budget="50%", target="v5e", host_budget="48GiB") and "host_budget='48GiB'" in str(found)
+    config = nj.SelectiveCheckpointConfig(memory_budget="50%", target="v5e", host_budget="48GiB")
+    assert config.resolve().whole == found.whole
 
 
 @pytest.mark.parametrize(
@@ -211,6 +216,7 @@ def test_a_budget_as_a_file(tmp_path):
         ('memory_budget = "90%"\ntarget = "v9"', "v9"),
         ('memory_budget = "90%"\ntype = "x"', "not type"),
         ('memory_budget = "1TiB"\ntarget = "v5e"', "a program may take"),
+        ('memory_budget = "90%"\ntarget = "v5e"\nhost_budget = -1', "0 bytes or more"),
         ("nexus_jax_plan = 7", "no plan of this version"),
     ],
 )
@@ -230,6 +236,9 @@ def test_files_of_nonsense(tmp_path, text, said):
         ({"memory_budget": "90%", "target": "v9"}, "v9"),
         ({"memory_budget": "90%", "policy": "all"}, 'policy="auto"'),
         ({"target": "v5e"}, "memory_budget"),
+        ({"host_budget": "1GiB"}, "goes with a memory_budget"),
+        ({"memory_budget": "90%", "target": "v5e", "host_budget": "all of it"}, "host_budget.* is no size"),
+        ({"memory_budget": "1GiB", "host_budget": "1GiB"}, "reaches its host is not known"),
     ],
 )
 def test_configurations_of_nonsense(given, said):

@@ -69,6 +69,22 @@ def test_with_a_host_less_is_made_again():
     assert "offload" in str(plan)
 
 
+def test_a_model_with_a_budget_and_a_host_offloads():
+    target = "h200"
+    needs(target)
+    net = models.GPT(d=2048, heads=4, vocab=1024, layers=2, dtype=jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((32, 512), jnp.int32)
+    params = jax.eval_shape(net.init, jax.random.key(0), tokens)
+    step = lambda m: lambda p, t: jnp.sum(m.apply(p, t).astype(jnp.float32) ** 2)
+    budget = int(0.5 * nj.measure(step(net), params, tokens, target=target).device_bytes)
+    config = nj.SelectiveCheckpointConfig(memory_budget=budget, target=target, host_budget="1GiB")
+    model = nj.apply_selective_checkpointing(net, config)
+    found = nj.measure(step(model), params, tokens, target=target)
+    [made] = nj.policy_of(model).plans
+    assert 0 < made.host_bytes == found.host_bytes <= 2**30
+    assert max(made.device_bytes, found.device_bytes) <= budget
+
+
 def test_the_smallest_budget_named_is_enough():
     needs("h200")
     fn, args = workload(models.GPT, layers=3, dtype=jnp.bfloat16)

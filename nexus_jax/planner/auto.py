@@ -20,7 +20,7 @@ from nexus_jax.boundary import Call
 from nexus_jax.flat import is_floating
 from nexus_jax.planner import files
 from nexus_jax.planner.allocate import Path
-from nexus_jax.planner.budget import budget_of
+from nexus_jax.planner.budget import budget_of, host_budget_of
 from nexus_jax.planner.make import Planner
 from nexus_jax.planner.plan import Infeasible, Plan
 from nexus_jax.planner.rewrite import rewritten
@@ -41,25 +41,29 @@ class Budget:
     Args:
         memory_budget: bytes, ``"12GiB"``, or ``"90%"`` of what a program may take on the target.
         target: ``"v5e"``, ``"h200"``, ...; None is the local device.
+        host_budget: bytes of host memory that the plan may use, as a number or ``"64GiB"``; 0 offloads nothing.
 
     Raises:
-        ValueError, TypeError: no size, more than the target has, an unknown target.
+        ValueError, TypeError: no size, more than the target has, an unknown target, or one whose link to the host is not
+            known.
     """
 
     memory_budget: int | str
     target: str | None = None
+    host_budget: int | str = 0
 
     def __post_init__(self) -> None:
         target = find_target(self.target)
         limit = 2**63 if target.sheet is None else target.sheet.usable_bytes  # the local device is not asked yet
         budget_of(self.memory_budget, target, limit)
+        host_budget_of(self.host_budget, target)
 
     def __str__(self) -> str:
-        return f"memory_budget={self.memory_budget!r}, target={self.target!r}"
+        return ", ".join(f"{name}={value!r}" for name, value in self.document().items())
 
     def document(self) -> dict[str, Any]:
         """What a policy's file says of it."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, 0)}
 
     def program(self, call: Call) -> Callable[..., list[Any]]:
         """The call as its plan says.
@@ -69,7 +73,7 @@ class Budget:
             ValueError: the model is sharded or runs inside ``shard_map``.
         """
         _require_whole(call)
-        planner = CallPlanner(call, self.target)
+        planner = CallPlanner(call, self.target, self.host_budget)
         parts = ("plan", planner.subject.digest, call.differentiated, self.document(), files.FORMAT)
         key = caches.key_of(*parts, planner.target.versions())
         made = _MADE.setdefault(call.model, {})
@@ -128,10 +132,11 @@ def _sharded(aval: Any) -> bool:
 class CallPlanner(Planner):
     """Plans of a model's call, measured with a loss that stands in for the user's."""
 
-    def __init__(self, call: Call, target: str | None):
+    def __init__(self, call: Call, target: str | None, host_budget: int | str = 0):
         self.call = call
         program = jex.jaxpr_as_fun(jex.ClosedJaxpr(call.flat.jaxpr, ()))
-        super().__init__(self._loss(program), flats.avals(call.flat), target=target, argnums=call.differentiated)
+        loss, avals = self._loss(program), flats.avals(call.flat)
+        super().__init__(loss, avals, target=target, argnums=call.differentiated, host_budget=host_budget)
         inputs = set(call.flat.jaxpr.invars)  # a state that does not change is a result too
         made = [(i, v) for i, v in enumerate(call.flat.jaxpr.outvars) if isinstance(v, jex.Var) and v not in inputs]
         self.results = tuple(i for i, v in made if is_floating(v.aval))

@@ -65,9 +65,10 @@ def _whole(path: pathlib.Path, data: dict[str, Any]) -> Policy | None:
         if planner.files.KEY in data:
             whole: Any = planner.files.parsed(given)
         elif "memory_budget" in data:
-            others = sorted(set(given) - {"memory_budget", "target"})
+            others = sorted(set(given) - {"memory_budget", "target", "host_budget"})
             if others:
-                raise ValueError(f"a policy with a memory_budget has target and summary beside it, not {others[0]}.")
+                known = "target, host_budget and summary"
+                raise ValueError(f"a policy with a memory_budget has {known} beside it, not {others[0]}.")
             whole = planner.Budget(**given)
         else:
             return None

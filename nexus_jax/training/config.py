@@ -56,6 +56,7 @@ class SelectiveCheckpointConfig:
             or as ``"90%"`` of what a program may take there. The plan is made when the model is first differentiated
             (:class:`nexus_jax.planner.Budget`).
         target: the device of the budget, ``"v5e"``, ``"h200"``, ...; None is the local one.
+        host_budget: bytes of host memory that the plan may use beside it, as a number or ``"64GiB"``; 0 offloads nothing.
 
     Raises:
         ValueError, TypeError: one sentence that says what is wrong and what to write.
@@ -73,6 +74,7 @@ class SelectiveCheckpointConfig:
     auto_wrap_min_params: int = 1_000_000
     memory_budget: int | str | None = None
     target: str | None = None
+    host_budget: int | str = 0
 
     def __post_init__(self):
         if self.preserve_rng_state is not True:
@@ -108,10 +110,15 @@ class SelectiveCheckpointConfig:
         if self.memory_budget is None:
             if self.target is not None:
                 raise ValueError(f"target={self.target!r} is the device of a memory_budget: give one, or leave it out.")
+            if self.host_budget != 0:
+                raise ValueError(f"host_budget={self.host_budget!r} goes with a memory_budget: give one, or leave it out.")
             return
         if self.policy is not CheckpointPolicy.AUTO:
             raise ValueError(f'memory_budget={self.memory_budget!r} is planned for with policy="auto"; write that.')
-        Budget(memory_budget=self.memory_budget, target=self.target)
+        self._budget(self.memory_budget)
+
+    def _budget(self, memory_budget: int | str) -> Budget:
+        return Budget(memory_budget=memory_budget, target=self.target, host_budget=self.host_budget)
 
     def _check_heavy_ops(self) -> None:
         ops = self.heavy_ops
@@ -132,8 +139,8 @@ class SelectiveCheckpointConfig:
                 rule = CheckpointRule(where=self.custom_policy)
                 return Policy(name="custom", checkpoint=(rule,), strict=False)
             case CheckpointPolicy.AUTO if self.memory_budget is not None:
-                budget = Budget(memory_budget=self.memory_budget, target=self.target)
-                return Policy(name="auto", summary="The fastest plan within a budget.", whole=budget)
+                whole = self._budget(self.memory_budget)
+                return Policy(name="auto", summary="The fastest plan within a budget.", whole=whole)
             case CheckpointPolicy.AUTO:
                 return _with_min_params(load_policy("auto"), self.auto_wrap_min_params + 1)
         return load_policy(CheckpointPolicy(self.policy).value)
