@@ -203,7 +203,9 @@ def test_a_budget_as_a_file(tmp_path):
     assert "memory_budget='50%'" in str(found)
     file.write_text('memory_budget = "50%"\ntarget = "v5e"\nhost_budget = "48GiB"\n')
     found = nj.load_policy(file)
-    assert found.whole == Budget(memory_budget="50%", target="v5e", host_budget="48GiB") and "host_budget='48GiB'" in str(found)
+    assert found.whole == Budget(
+        memory_budget="50%", target="v5e", host_budget="48GiB"
+    ) and "host_budget='48GiB'" in str(found)
     config = nj.SelectiveCheckpointConfig(memory_budget="50%", target="v5e", host_budget="48GiB")
     assert config.resolve().whole == found.whole
 

@@ -1,6 +1,7 @@
 """`nexus_jax.plan` on the local compiler: it fits, it says what it did, and bad input is refused."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -242,14 +243,74 @@ def test_the_search_settles_where_predictions_get_worse_as_it_backs_off():
     assert 0.97 * budget < found.best.compiled <= budget
 
 
-@pytest.mark.parametrize(("peak", "tried"), [(1.3, True), (1.6, False)])
+def fixed_policies(monkeypatch, found, budget, best=None, compiles=9):
+    """Which of (ticks, peak, predicted, compiled) are compiled beside the planner's own plans, in shares of the budget."""
+    planner = make.Planner(loss, SHAPES)
+    paths = {ticks: types.SimpleNamespace(ticks=ticks, peak=int(peak * budget)) for ticks, peak, _, _ in found}
+    share = {ticks: (predicted, compiled) for ticks, _, predicted, compiled in found}
+    monkeypatch.setattr(make, "baselines", lambda model: [types.SimpleNamespace(path=p) for p in paths.values()])
+    monkeypatch.setattr(make.Planner, "offset", 0)
+    monkeypatch.setattr(planner, "predicted", lambda p: int(share[p.ticks][0] * budget))
+    size = lambda p: types.SimpleNamespace(device_bytes=int(share[p.ticks][1] * budget))
+    monkeypatch.setattr(planner, "measured", size)
+    known = None if best is None else types.SimpleNamespace(ticks=best)
+    return [p.ticks for p in planner._fixed(budget, known, compiles)]
+
+
+@pytest.mark.parametrize(("peak", "tried"), [(1.3, [1]), (1.6, [])])
 def test_a_fixed_policy_is_tried_though_the_coarse_model_says_that_it_does_not_fit(monkeypatch, peak, tried):
-    planner, budget = make.Planner(loss, SHAPES), 12 * MIB
-    fast = types.SimpleNamespace(ticks=1, peak=int(peak * budget))
-    monkeypatch.setattr(make, "baselines", lambda model: [types.SimpleNamespace(path=fast)])
-    monkeypatch.setattr(planner, "predicted", lambda path: budget)
-    monkeypatch.setattr(planner, "measured", lambda path: types.SimpleNamespace(device_bytes=budget))
-    assert planner._fixed(budget, None, []) is (fast if tried else None)
+    assert fixed_policies(monkeypatch, [(1, peak, 1.0, 1.0)], 12 * MIB) == tried
+
+
+def test_of_fixed_policies_those_that_should_fit_are_tried_first_and_those_that_hardly_do_last(monkeypatch):
+    found = [
+        (1, 1, 1.09, 1.2),
+        (2, 1, 1.05, 1.1),
+        (3, 1, 0.9, 1.1),
+        (4, 1, 0.95, 1.1),
+        (5, 1, 1.2, 0.5),
+        (9, 1, 0.5, 0.5),
+    ]
+    tries = functools.partial(fixed_policies, monkeypatch, found, 1000, 9)
+    assert tries() == [3, 4, 2, 1]  # 5 is predicted to take far too much, 9 is no faster
+    assert tries(compiles=3) == [3, 4, 2]
+    assert fixed_policies(monkeypatch, found, 1000) == [3, 4, 9]  # the first that fits
+
+
+@pytest.mark.parametrize("host", [0, 2**30])
+@pytest.mark.parametrize("helps", [False, True])
+def test_no_more_is_compiled_than_promised(monkeypatch, host, helps):
+    """Whether a fixed policy is tried or not; nothing fits."""
+    planner = make.Planner(loss, SHAPES)
+    planner.host, budget = host, 1000
+    monkeypatch.setattr(
+        planner, "measured", lambda path: seen.add(path) or types.SimpleNamespace(device_bytes=2 * budget)
+    )
+    monkeypatch.setattr(planner, "compiled", lambda: [])
+    monkeypatch.setattr(make.Planner, "offset", 0)
+    monkeypatch.setattr(make.Planner, "before", types.SimpleNamespace(device_bytes=2 * budget))
+    for name in ("model", "on_device"):
+        frontier = types.SimpleNamespace(peaks=range(50), path=functools.cache(lambda at, name=name: (name, at)))
+        monkeypatch.setattr(make.Planner, name, types.SimpleNamespace(frontier=frontier))
+    monkeypatch.setattr(planner, "predicted", lambda path: 100 + path[1])
+    fixed = [types.SimpleNamespace(path=Fixed(("fixed", n))) for n in range(9)] if helps else []
+    monkeypatch.setattr(make, "baselines", lambda model: fixed)
+    seen: set = set()
+    with pytest.raises(nj.Infeasible):
+        planner.plan(budget)
+    assert len(seen) == loop.COMPILES - 1 if helps else len(seen) < loop.COMPILES - 1
+    assert ("model", 0) in seen
+    assert any(name == "fixed" for name, _ in seen) is helps
+
+
+class Fixed(tuple):
+    """A path of a fixed policy: (name, ticks)."""
+
+    peak = 0
+
+    @property
+    def ticks(self):
+        return self[1]
 
 
 def test_of_all_that_was_compiled_the_fastest_that_fits_is_the_plan(monkeypatch):

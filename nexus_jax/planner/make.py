@@ -126,10 +126,10 @@ class Planner:
         if self.before.device_bytes <= budget:
             return self._nothing(budget)
         compiles = loop.COMPILES - 1
-        tried = self._search(self.model.frontier, budget, compiles // 2 + 1 if self.host else compiles)
-        if self.host:  # what a compiler makes of copies is known less well: to be allowed them must not be a loss
-            tried += self._search(self.on_device.frontier, budget, compiles - len(tried))
-        best = self._fixed(budget, self._best(budget), tried) or self._best(budget)
+        tried = self._search(budget, compiles - 1)  # the last one is for a fixed policy, if there is one to try
+        fixed = self._fixed(budget, self._best(budget), compiles - len(tried))
+        tried = [*tried, *fixed] if fixed else self._search(budget, compiles)
+        best = self._best(budget)
         if best is None:
             raise self._infeasible(budget)
         return self._written(best, budget, tried)
@@ -201,8 +201,14 @@ class Planner:
         """Every path that was compiled, and its device bytes."""
         return [(self._paths[key], m.device_bytes) for key, m in self._measurements.items()]
 
-    def _search(self, frontier: Frontier, budget: int, compiles: int) -> list[Path]:
-        """The paths of a frontier that were compiled to find the fastest that fits."""
+    def _search(self, budget: int, compiles: int) -> list[Path]:
+        """The paths that are compiled to find the fastest that fits; what was compiled before is known."""
+        tried = self._along(self.model.frontier, budget, compiles // 2 + 1 if self.host else compiles)
+        if self.host:  # what a compiler makes of copies is known less well: to be allowed them must not be a loss
+            tried += self._along(self.on_device.frontier, budget, compiles - len(tried))
+        return tried
+
+    def _along(self, frontier: Frontier, budget: int, compiles: int) -> list[Path]:
         found = loop.search(
             len(frontier.peaks),
             budget,
@@ -239,18 +245,21 @@ class Planner:
                 return peak.predict(program, self.target).device_bytes
         return peak_bytes + results(self.model.flat, self.model.spans_of.sizes)
 
-    def _fixed(self, budget: int, best: Path | None, tried: list[Path]) -> Path | None:
-        """A fixed policy that fits and is faster, where the model was wrong about one; adds to what was ``tried``."""
+    def _fixed(self, budget: int, best: Path | None, compiles: int) -> list[Path]:
+        """Fixed policies that may fit and be faster, compiled: the model may be wrong about one. The last may fit.
+
+        Those that are predicted to fit come first, the fastest first; then those that are predicted to need least.
+        """
         pool = {p.path.ticks: p.path for p in baselines(self.model) if best is None or p.path.ticks < best.ticks}
-        for ticks in sorted(pool):
-            path = pool[ticks]
-            if len(tried) == loop.COMPILES - 1:
+        expected = lambda path: self.predicted(path) + self.offset
+        likely = [p for p in pool.values() if p.peak <= budget * (1 + _FAR) and expected(p) <= budget * (1 + _DOUBT)]
+        rank = lambda p: (False, p.ticks, 0) if expected(p) <= budget else (True, expected(p), p.peak)
+        tried = []
+        for path in sorted(likely, key=rank)[:compiles]:
+            tried.append(path)
+            if self.measured(path).device_bytes <= budget:
                 break
-            if path.peak <= budget * (1 + _FAR) and self.predicted(path) <= budget * (1 + _DOUBT):
-                tried.append(path)
-                if self.measured(path).device_bytes <= budget:
-                    return path
-        return None
+        return tried
 
     def _nothing(self, budget: int) -> Plan:
         before = self.before

@@ -111,7 +111,9 @@ class SelectiveCheckpointConfig:
             if self.target is not None:
                 raise ValueError(f"target={self.target!r} is the device of a memory_budget: give one, or leave it out.")
             if self.host_budget != 0:
-                raise ValueError(f"host_budget={self.host_budget!r} goes with a memory_budget: give one, or leave it out.")
+                raise ValueError(
+                    f"host_budget={self.host_budget!r} goes with a memory_budget: give one, or leave it out."
+                )
             return
         if self.policy is not CheckpointPolicy.AUTO:
             raise ValueError(f'memory_budget={self.memory_budget!r} is planned for with policy="auto"; write that.')
