@@ -88,7 +88,7 @@ def test_stages_are_the_layers_and_the_head(kind):
 
 
 @pytest.mark.parametrize(("layers", "words"), [(2, 4), (2, 4096), (3, 4096)])
-def test_of_few_layers_a_head_that_keeps_more_than_they_do_stays(layers, words):
+def test_of_few_layers_a_head_that_keeps_far_more_than_they_do_stays(layers, words):
     table = jax.random.normal(jax.random.key(9), (8, words))
 
     def loss(params, x):

@@ -35,6 +35,7 @@ from nexus_jax.policy.rules import nbytes
 
 HOST = jax.memory.Space.Host
 FEW = 4  # of fewer layers everything leaves
+_FAR_MORE = 8  # but for what a loss keeps, if it is so many times what they keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -248,10 +249,10 @@ class Forward:
 
 
 def _is_head(jaxpr: Any, start: int, outs: Sequence[Any], kept: set[Any]) -> bool:
-    """Whether what follows an equation keeps more for itself than all before it: a loss over many words, say."""
+    """Whether what follows an equation keeps far more for itself than all before it: a loss over many words, say."""
     made = {v for eqn in jaxpr.eqns[start:] for v in eqn.outvars}
     size = lambda values: sum(nbytes(v.aval) for v in values)
-    return size(kept & made - set(variables(outs))) > size(kept - made)
+    return size(kept & made - set(variables(outs))) > _FAR_MORE * size(kept - made) > 0
 
 
 def _leaving(n_stages: int, ahead: int) -> int:
