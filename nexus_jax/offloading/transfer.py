@@ -35,7 +35,7 @@ from nexus_jax.policy.rules import nbytes
 
 HOST = jax.memory.Space.Host
 FEW = 4  # of fewer layers everything leaves
-_FAR_MORE = 8  # but for what a loss keeps, if it is so many times what they keep
+_FAR_MORE = 3  # but for what a loss keeps, if it is so many times what they keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
