@@ -148,8 +148,8 @@ def jit_options(fn: Any) -> dict[str, str]:
 
 
 # Equations that run a body once per call or step, with the body's outputs as theirs.
-CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "scan", "custom_jvp_call"}
-CALLS |= {"custom_vmap_call"}
+CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "scan"}
+CALLS |= {"custom_jvp_call", "custom_vmap_call"}
 
 
 # --- equations ---------------------------------------------------------------------------------------------------

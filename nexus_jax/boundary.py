@@ -16,7 +16,7 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 
-from nexus_jax.flat import Flat, filling, flatten
+from nexus_jax.flat import Flat, flatten, jvp_by
 from nexus_jax.offloading import transfer
 from nexus_jax.offloading.gradient import differentiated
 from nexus_jax.offloading.window import Windows
@@ -205,9 +205,7 @@ def planned(whole: Whole, model: type) -> Callable[..., Any]:
         def rule(primals: Any, tangents: Any) -> Any:
             moving = tuple(i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero))
             program = whole.program(Call(flat, moving, model))
-
-            of = filling(program, primals, moving)
-            return jax.jvp(of, [primals[i] for i in moving], [tangents[i] for i in moving])
+            return jvp_by(program, primals, tangents, moving)
 
         call.defjvp(rule, symbolic_zeros=True)
         return given.result(call(*flat.consts, *given.arrays))

@@ -173,6 +173,13 @@ def filling(fun: Callable[..., Any], arrays: Sequence[Any], moving: Sequence[int
     return of
 
 
+def jvp_by(
+    fun: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any], moving: Sequence[int]
+) -> tuple[Any, Any]:
+    """``jax.jvp`` by the arguments ``moving`` alone; the tangents of the others are not looked at."""
+    return jax.jvp(filling(fun, primals, moving), [primals[i] for i in moving], [tangents[i] for i in moving])
+
+
 def is_floating(x: Any) -> bool:
     """Whether an array holds inexact numbers (keys and integers do not)."""
     dtype = getattr(x, "dtype", None)

@@ -18,7 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
 
-from nexus_jax.flat import filling, is_floating
+from nexus_jax.flat import is_floating, jvp_by
 from nexus_jax.offloading.transfer import Forward, WayBack, backward
 
 _Copy = Callable[[Any], Any]
@@ -82,7 +82,7 @@ def _run_as(fun: Callable[..., list[Any]], plain: Callable[..., list[Any]]) -> C
 
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
         moving = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
-        return jax.jvp(filling(plain, primals, moving), [primals[i] for i in moving], [tangents[i] for i in moving])
+        return jvp_by(plain, primals, tangents, moving)
 
     call.defjvp(rule, symbolic_zeros=True)
     return call
@@ -125,8 +125,7 @@ def _apply(*args: Any, forward: _Linear, n: int, **_: Any) -> list[Any]:
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
     moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
-    of = filling(functools.partial(_apply, **params), primals, moving)
-    return jax.jvp(of, [primals[i] for i in moving], [tangents[i] for i in moving])
+    return jvp_by(functools.partial(_apply, **params), primals, tangents, moving)
 
 
 def _transposed(cotangents: Sequence[Any], *args: Any, transpose: _Linear, n: int, **_: Any) -> list[Any]:
