@@ -86,6 +86,26 @@ def _inline(jaxpr: Any, env: dict[Any, Any], outer: Any, eqns: list[Any]) -> lis
     return [read(v) for v in jaxpr.outvars]
 
 
+def copied(program: Flat, read: Callable[[Any], Any], eqns: list[Any]) -> list[Any]:
+    """Add a program's equations to others, with results of their own.
+
+    Args:
+        read: what stands for an input; asked each time that one is used.
+        eqns: these are added to them.
+
+    Returns:
+        What stands for its results.
+    """
+    made: dict[Any, Any] = {}
+    value = lambda v: v if isinstance(v, jex.Literal) else made[v] if v in made else read(v)
+    for eqn in program.eqns:
+        ins = [value(v) for v in eqn.invars]
+        outs = [v if isinstance(v, jex.DropVar) else jex.Var(v.aval) for v in eqn.outvars]
+        made.update(zip(eqn.outvars, outs, strict=True))
+        eqns.append(eqn.replace(invars=ins, outvars=outs))
+    return [value(v) for v in program.jaxpr.outvars]
+
+
 def _constants(body: Any) -> bool:
     return bool(getattr(getattr(body, "jaxpr", body), "constvars", ()))
 
@@ -158,7 +178,12 @@ def digest_of(found: Any) -> str:
 
 def avals(flat: Flat) -> list[jax.ShapeDtypeStruct]:
     """What a program takes, as JAX wants to be shown it."""
-    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in flat.jaxpr.invars]
+    return like(flat.jaxpr.invars)
+
+
+def like(atoms: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    """What variables stand for, as JAX wants to be shown it."""
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in atoms]
 
 
 def filling(fun: Callable[..., Any], arrays: Sequence[Any], moving: Sequence[int]) -> Callable[..., Any]:

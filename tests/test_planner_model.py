@@ -373,14 +373,15 @@ def test_to_be_allowed_a_host_is_no_loss(monkeypatch, copies):
         taken = planner.predicted(path) + (copies if path.host else 0)
         found = types.SimpleNamespace(device_bytes=taken, host_bytes=path.host, flops=path.ticks, target="h200")
         key = planner.model.segments(path)
-        planner._measurements[key], planner._paths[key] = found, path
+        planner._measurements[key] = found
+        planner._paths[key] = planner._tried[key] = path
         return found
 
     monkeypatch.setattr(planner, "measured", measured)
     monkeypatch.setitem(planner.__dict__, "offset", 0)
     before = types.SimpleNamespace(device_bytes=2**40, host_bytes=0, flops=0, target="h200")
     monkeypatch.setitem(planner.__dict__, "before", before)
-    frontier, alone = planner.model.frontier, planner.on_device.frontier
+    frontier, alone = planner.model.frontier, planner.simple.frontier
     paths = [frontier.path(at) for at in range(len(frontier.peaks))]
     least = min(planner.predicted(alone.path(at)) for at in range(len(alone.peaks)))
     budget = next(n for p in paths if p.host and (n := planner.predicted(p)) >= least)

@@ -55,27 +55,44 @@ class Loop:
             leaving: which of its stacked results go to the host, slice by slice.
             coming: which of its taken operands come back, slice by slice.
         """
-        params = self.eqn.params
         body = jex.jaxpr_as_fun(self.body)
         first = self.constants + self.carried
         takes = [to_device if v in coming and to_device else _same for _, v in self.taken()]
         gives = [to_host if v in leaving and to_host else _same for v in self.stacked()]
 
-        def step(carry, taken):
-            taken = [take(x) for take, x in zip(takes, taken, strict=True)]
+        def step(*given: Any) -> list[Any]:
+            taken = [take(x) for take, x in zip(takes, given[first:], strict=True)]
+            outs = body(*given[:first], *taken)
+            return [*outs[: self.carried], *(give(y) for give, y in zip(gives, outs[self.carried :], strict=True))]
+
+        return self.run(step, values)
+
+    def run(self, body: Callable[..., Sequence[Any]], values: Sequence[Any], group: int = 1) -> list[Any]:
+        """The scan's results, if each step does as ``body``.
+
+        Args:
+            values: of its operands.
+            group: how many steps ``body`` is: it takes and makes stacks of so many.
+        """
+        first = self.constants + self.carried
+        params = {name: self.eqn.params[name] for name in _KEPT if name in self.eqn.params}
+
+        def step(carry: Sequence[Any], taken: Sequence[Any]) -> tuple[Any, Any]:
             outs = body(*values[: self.constants], *carry, *taken)
-            made = [give(y) for give, y in zip(gives, outs[self.carried :], strict=True)]
-            return outs[: self.carried], made
+            return list(outs[: self.carried]), list(outs[self.carried :])
 
         carry, made = jax.lax.scan(
             step,
             list(values[self.constants : first]),
-            list(values[first:]),
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
+            [x if group == 1 else x.reshape(self.steps // group, group, *x.shape[1:]) for x in values[first:]],
+            length=self.steps // group,
+            unroll=max(1, self.eqn.params["unroll"] // group),
+            **params,
         )
-        return [*carry, *made]
+        return [*carry, *(y if group == 1 else y.reshape(self.steps, *y.shape[2:]) for y in made)]
+
+
+_KEPT = ("reverse", "_split_transpose")  # parameters of a scan, whatever its steps do
 
 
 def _same(x: Any) -> Any:

@@ -113,6 +113,8 @@ def _buffers(order: list[Kernel], graph: Graph, backend: Backend, size: Sizes, b
         for out in kernel.outs:
             if out.alias is None and not out.argument:
                 found[out] = Buffer(out, size.kept(out), i, i, [i])
+    if body is not None and body.op == "scan" and backend.stacked_last:
+        _slices(order, graph, found, size.kept, body)
     if body is not None and body.op != "cond":
         _hand_on(order, graph, found, body)
     else:
@@ -127,6 +129,15 @@ def _buffers(order: list[Kernel], graph: Graph, backend: Backend, size: Sizes, b
     for i, kernel in enumerate(order):
         _share(i, kernel, found, summed)
     return [b for b in found.values() if b.dies >= b.born]
+
+
+def _slices(order: list[Kernel], graph: Graph, found: dict[Value, Buffer], size: Size, loop: Node) -> None:
+    """What a step takes of stacks and hands on behind a barrier is copied as the step begins; the rest is read in place."""
+    last = {root(v): i for i, kernel in enumerate(order) for v in kernel.ins}
+    behind = {v for kernel in order if kernel.node.op == "barrier" for v in kernel.ins}
+    for value in graph.inputs[loop.params["consts"] + loop.params["carried"] :]:
+        if value in behind and not value.host:
+            found[value] = Buffer(value, size(value), 0, last[value], [0, last[value]])
 
 
 def _stacks(order: list[Kernel], backend: Backend) -> list[Buffer]:

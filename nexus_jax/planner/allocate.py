@@ -82,7 +82,7 @@ class Path:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Labels:
-    """Undominated (peak, ticks) at one cut, peaks ascending; where each comes from."""
+    """Undominated (peak, ticks) at one cut, peaks ascending; where each comes from, and the true peak if it is another."""
 
     peaks: np.ndarray
     ticks: np.ndarray
@@ -90,6 +90,7 @@ class _Labels:
     option: np.ndarray
     before: np.ndarray
     hosts: np.ndarray
+    needs: np.ndarray
 
 
 class Frontier:
@@ -117,16 +118,16 @@ class Frontier:
         [0, 8, 8]
     """
 
-    def __init__(self, cuts: int, edges: Sequence[Edge], limit: int = 4096, host: int = 0):
+    def __init__(self, cuts: int, edges: Sequence[Edge], limit: int = 4096, host: int = 0, repeated: bool = False):
         self.cuts, self.edges = cuts, tuple(edges)
         arrays = [_arrays(e.options) for e in self.edges]
-        self._labels, dropped = _pass(cuts, self.edges, limit, _thinned, arrays, host)
+        self._labels, dropped = _pass(cuts, self.edges, limit, _thinned, arrays, host, repeated)
         self.exact = not dropped and not any(e.bounds for e in self.edges)
         if self.exact:
             self._bound = self._labels
         else:
             arrays = [_arrays(e.bounds or e.options) for e in self.edges]
-            self._bound, _ = _pass(cuts, self.edges, limit, _relaxed, arrays, None)
+            self._bound, _ = _pass(cuts, self.edges, limit, _relaxed, arrays, None, repeated)
         if not len(self._labels[0].peaks):
             raise ValueError("no path of boundaries leads from the start of the program to its end.")
 
@@ -181,7 +182,7 @@ def _arrays(options: Sequence[Option]) -> tuple[np.ndarray, ...]:
 
 
 def _pass(
-    cuts: int, edges: Sequence[Edge], limit: int, fewer: Any, arrays: list[Any], host: int | None
+    cuts: int, edges: Sequence[Edge], limit: int, fewer: Any, arrays: list[Any], host: int | None, repeated: bool
 ) -> tuple[list[_Labels], bool]:
     """Labels at every cut, from the end of the program to its start; whether some were dropped."""
     leaving: list[list[int]] = [[] for _ in range(cuts)]
@@ -189,14 +190,14 @@ def _pass(
         leaving[edge.start].append(n)
     none = np.zeros(0, np.int64)
     zero = np.zeros(1, np.int64)
-    labels = [_Labels(none, none, none, none, none, none) for _ in range(cuts)]
-    labels[cuts - 1] = _Labels(zero, zero, zero, zero, zero, zero)
+    labels = [_Labels(*[none] * 7) for _ in range(cuts)]
+    labels[cuts - 1] = _Labels(*[zero] * 7)
     dropped = False
     for cut in reversed(range(cuts - 1)):
-        found = [_extended(n, arrays[n], labels[edges[n].stop]) for n in leaving[cut]]
+        found = [_extended(n, arrays[n], labels[edges[n].stop], repeated) for n in leaving[cut]]
         if found:
             columns = [np.concatenate(column) for column in zip(*found, strict=True)]
-            fits = columns[-1] <= (math.inf if host is None else host)
+            fits = columns[_HOSTS] <= (math.inf if host is None else host)
             dropped |= not fits.all()
             labels[cut] = _undominated(*(column[fits] for column in columns))
         if len(labels[cut].peaks) > limit:
@@ -205,18 +206,23 @@ def _pass(
     return labels, dropped
 
 
-def _extended(n: int, arrays: Any, after: _Labels) -> tuple[np.ndarray, ...]:
+_HOSTS = [f.name for f in dataclasses.fields(_Labels)].index("hosts")
+
+
+def _extended(n: int, arrays: Any, after: _Labels, repeated: bool) -> tuple[np.ndarray, ...]:
     """The labels at an edge's stop, extended by each of its options."""
     kept, working, ticks, host = (a[:, None] for a in arrays)
-    peaks = kept + np.maximum(after.peaks[None], working)
+    needs = kept + np.maximum(after.needs[None], working)
+    peaks = kept + after.peaks[None] if repeated else needs
     total = ticks + after.ticks[None]
     option, before = np.indices(peaks.shape)
     hosts = host + after.hosts[None]
-    return peaks.ravel(), total.ravel(), np.full(peaks.size, n), option.ravel(), before.ravel(), hosts.ravel()
+    edge = np.full(peaks.shape, n)
+    return tuple(column.ravel() for column in (peaks, total, edge, option, before, hosts, needs))
 
 
 def _undominated(peaks: np.ndarray, ticks: np.ndarray, *rest: np.ndarray) -> _Labels:
-    order = np.lexsort((rest[-1], ticks, peaks))
+    order = np.lexsort((*rest[-2:], ticks, peaks))
     best = np.minimum.accumulate(ticks[order])
     keep = order[np.concatenate([[True], best[1:] < best[:-1]])] if len(order) else order
     return _Labels(peaks[keep], ticks[keep], *(column[keep] for column in rest))

@@ -25,7 +25,7 @@ def document(plan: Plan) -> dict[str, Any]:
 
 
 def _segment(segment: dict[str, Any]) -> dict[str, Any]:
-    found = {k: v for k, v in segment.items() if v != ()}
+    found = {k: v for k, v in segment.items() if v != () and (k, v) != ("group", 1)}
     return {**found, "inside": [_segment(s) for s in found["inside"]]} if "inside" in found else found
 
 

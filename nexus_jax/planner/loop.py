@@ -38,6 +38,7 @@ def search(
     compiled: Callable[[int], int],
     offset: int = 0,
     compiles: int = COMPILES - 1,
+    above: int = -1,
 ) -> Found:
     """The fastest of ``count`` plans, least memory first, whose compiled step is within the budget.
 
@@ -46,16 +47,17 @@ def search(
         compiled: bytes of a plan.
         offset: how much more a compiled step takes than predicted, as far as is known.
         compiles: how often ``compiled`` may be called.
+        above: only plans after this one are worth a compile: something that fits is as fast as it.
 
     Returns:
-        Plan 0 has been compiled where nothing else fits.
+        Plan 0 has been compiled where nothing else fits, unless there is something ``above``.
 
     Example:
         >>> search(100, 250, predict=lambda at: 3 * at, compiled=lambda at: 3 * at + 20).best
         Trial(at=76, predicted=228, compiled=248)
     """
     trials: dict[int, Trial] = {}
-    low, high = -1, count  # the last that fits, the first that does not
+    low, high = above, count  # the last that fits, the first that does not
     while len(trials) < compiles and high - low > 1:
         last = len(trials) == compiles - 1
         over = sum(t.compiled > budget for t in trials.values())

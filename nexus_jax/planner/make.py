@@ -117,6 +117,7 @@ class Planner:
         self._predictions: dict[tuple[Segment, ...], int] = {}
         self._measurements: dict[tuple[Segment, ...], Measurement] = {}
         self._paths: dict[tuple[Segment, ...], Path] = {}
+        self._tried: dict[tuple[Segment, ...], Path] = {}  # for the budget that is asked for
 
     def plan(self, memory_budget: int | str, time_limit: float | None = None) -> Plan:
         """The plan for a budget (:func:`plan`)."""
@@ -126,13 +127,14 @@ class Planner:
         if self.before.device_bytes <= budget:
             return self._nothing(budget)
         compiles = loop.COMPILES - 1
-        tried = self._search(budget, compiles - 1)  # the last one is for a fixed policy, if there is one to try
-        fixed = self._fixed(budget, self._best(budget), compiles - len(tried))
-        tried = [*tried, *fixed] if fixed else self._search(budget, compiles)
+        self._tried = {}
+        self._search(budget, compiles - 1)  # the last one is for a fixed policy, if there is one to try
+        if not self._fixed(budget, self._best(budget), compiles - len(self._tried)):
+            self._search(budget, compiles)
         best = self._best(budget)
         if best is None:
             raise self._infeasible(budget)
-        return self._written(best, budget, tried)
+        return self._written(best, budget)
 
     @functools.cached_property
     def loss(self) -> Loss:
@@ -156,16 +158,19 @@ class Planner:
     @functools.cached_property
     def model(self) -> Model:
         """What the solver knows of the step."""
-        return self._model(self.host)
+        return self._model(self.host, groups=True)
 
     @functools.cached_property
-    def on_device(self) -> Model:
-        """The same, if nothing is offloaded."""
-        return self._model(0) if self.host else self.model
+    def simple(self) -> Model:
+        """The same, if nothing is offloaded and every scan takes one step at a time: compilers are known best there."""
+        grouped = any(group > 1 for _, group in self.model.bodies)
+        return self._model(0, groups=False) if self.host or grouped else self.model
 
-    def _model(self, host: int) -> Model:
+    def _model(self, host: int, groups: bool) -> Model:
         price = Prices(self.target, self.objective, host)
-        return model_of(self.flat, self.differentiated, price, results=self.results, deadline=self.deadline)
+        return model_of(
+            self.flat, self.differentiated, price, results=self.results, deadline=self.deadline, groups=groups
+        )
 
     @functools.cached_property
     def subject(self) -> Subject:
@@ -195,29 +200,33 @@ class Planner:
         if key not in self._measurements:
             self._measurements[key] = self._measure(self.applied(path))
             self._paths[key] = path
+        self._tried.setdefault(key, path)
         return self._measurements[key]
 
     def compiled(self) -> list[tuple[Path, int]]:
         """Every path that was compiled, and its device bytes."""
         return [(self._paths[key], m.device_bytes) for key, m in self._measurements.items()]
 
-    def _search(self, budget: int, compiles: int) -> list[Path]:
-        """The paths that are compiled to find the fastest that fits; what was compiled before is known."""
-        tried = self._along(self.model.frontier, budget, compiles // 2 + 1 if self.host else compiles)
-        if self.host:  # what a compiler makes of copies is known less well: to be allowed them must not be a loss
-            tried += self._along(self.on_device.frontier, budget, compiles - len(tried))
-        return tried
+    def _search(self, budget: int, compiles: int) -> None:
+        """Compile paths to find the fastest that fits, until so many have been tried for this budget."""
+        if self.simple is self.model:
+            self._along(self.model.frontier, budget, compiles)
+            return
+        if not self._tried:
+            self._along(self.simple.frontier, budget, compiles - compiles // 2)
+        # To be allowed more must not be a loss: only what is faster than the best of the simple ones is compiled besides.
+        self._along(self.model.frontier, budget, compiles - len(self._tried), self._best(budget))
 
-    def _along(self, frontier: Frontier, budget: int, compiles: int) -> list[Path]:
-        found = loop.search(
+    def _along(self, frontier: Frontier, budget: int, compiles: int, best: Path | None = None) -> None:
+        loop.search(
             len(frontier.peaks),
             budget,
             lambda at: self.predicted(frontier.path(at)),
             lambda at: self.measured(frontier.path(at)).device_bytes,
             self.offset,
             compiles,
+            -1 if best is None else sum(ticks >= best.ticks for ticks in frontier.ticks) - 1,
         )
-        return [frontier.path(t.at) for t in found.trials]
 
     def _best(self, budget: int) -> Path | None:
         """The fastest of all that was compiled and fits, for other budgets too."""
@@ -246,7 +255,7 @@ class Planner:
         return peak_bytes + results(self.model.flat, self.model.spans_of.sizes)
 
     def _fixed(self, budget: int, best: Path | None, compiles: int) -> list[Path]:
-        """Fixed policies that may fit and be faster, compiled: the model may be wrong about one. The last may fit.
+        """Fixed policies that may fit and be faster, compiled: the model may be wrong about one. The last of them may fit.
 
         Those that are predicted to fit come first, the fastest first; then those that are predicted to need least.
         """
@@ -275,7 +284,7 @@ class Planner:
             step_flops=before.flops,
         )
 
-    def _written(self, path: Path, budget: int, tried: Sequence[Path]) -> Plan:
+    def _written(self, path: Path, budget: int) -> Plan:
         before, after = self.before, self.measured(path)
         bound = self.model.frontier.bound(path.peak) or 0
         return Plan(
@@ -292,7 +301,7 @@ class Planner:
             step_flops=before.flops,
             gap=max(0.0, 1 - bound / path.ticks) if path.ticks else 0.0,
             cost=path.ticks * self.model.spans_of.unit,
-            trials=tuple((self.predicted(p), self.measured(p).device_bytes) for p in tried),
+            trials=tuple((self.predicted(p), self.measured(p).device_bytes) for p in self._tried.values()),
             rows=table.rows_of(self.model, path),
         )
 

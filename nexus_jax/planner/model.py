@@ -36,7 +36,7 @@ class Model:
     Attributes:
         frontier: every undominated (peak, time). Peaks are bytes beside arguments and results; times are ticks.
         spans: what each edge of the frontier is.
-        bodies: of the scans that were opened, by the position of their equation.
+        bodies: of the scans that were opened, by the position of their equation and how many steps are taken at once.
         spans_of: makes them.
     """
 
@@ -46,7 +46,7 @@ class Model:
     spans_of: Spans
     options: Options
     cuts: tuple[int, ...]
-    bodies: dict[int, Model]
+    bodies: dict[tuple[int, int], Model]
 
     @functools.cached_property
     def plain(self) -> int:
@@ -61,11 +61,6 @@ class Model:
     def span(self, start: int, stop: int) -> Span:
         """The stretch between two cuts."""
         return self.spans[start, stop]
-
-    def option(self, edge: Edge, option: Option) -> Option:
-        """An option of a path with what it needs while it is differentiated, also where the frontier does not count that."""
-        shape, choice = self.span(edge.start, edge.stop).shape, option.what.choice
-        return plain(shape) if choice is None else of_choice(shape, choice, option.what.away)
 
     def unmoved(self, path: Path) -> Path:
         """The path, with what it offloads kept on the device."""
@@ -92,8 +87,8 @@ class Model:
     def _segment(self, span: Span, option: Option) -> Segment:
         way = option.what
         if way.choice is None:
-            inside = () if way.inside is None else self.bodies[span.start].segments(way.inside)
-            return Segment(start=span.start, stop=span.stop, boundary=False, inside=inside)
+            inside = () if way.inside is None else self.bodies[span.start, way.group].segments(way.inside)
+            return Segment(start=span.start, stop=span.stop, boundary=False, inside=inside, group=way.group)
         eqns = self.flat.eqns[span.start : span.stop]
         at = {self.flat.number[v]: n for n, v in enumerate(v for eqn in eqns for v in eqn.outvars)}
         place = lambda values: tuple(sorted(at[span.values[v]] for v in values))
@@ -115,6 +110,7 @@ def model_of(
     results: Sequence[int] = (0,),
     deadline: float = math.inf,
     solves: int | None = None,
+    groups: bool = True,
 ) -> Model:
     """Differentiate a program, cut it, solve every kind of stretch, and find its frontier.
 
@@ -123,11 +119,12 @@ def model_of(
         results: which of its results are; the first alone is the loss.
         deadline: of ``time.monotonic()``; what is not solved by then has fewer options, and the bound knows.
         solves: integer programs with a limit for a stretch's frontier; None is by its size and by how many kinds there are.
+        groups: whether scans may take several steps at once.
     """
     spans = Spans(flat, needs_of(flat, differentiated, results), price)
-    scans = bodies(flat, differentiated)
-    models = {i: _body_model(body, price, deadline, solves) for i, body in scans.items()}
-    return _model(spans, deadline, solves, {i: (scans[i], m) for i, m in models.items()})
+    scans = bodies(flat, differentiated, groups)
+    inside = {i: [(b, _body_model(b, price, deadline, solves)) for b in several] for i, several in scans.items()}
+    return _model(spans, deadline, solves, inside)
 
 
 def _body_model(body: Body, price: Prices, deadline: float, solves: int | None) -> Model:
@@ -141,7 +138,7 @@ def _model(
     spans: Spans,
     deadline: float,
     solves: int | None,
-    scans: Mapping[int, tuple[Body, Model]] = MappingProxyType({}),
+    scans: Mapping[int, Sequence[tuple[Body, Model]]] = MappingProxyType({}),
     loop: bool = False,
 ) -> Model:
     around = {p for i in scans for p in (i, i + 1)}
@@ -155,18 +152,21 @@ def _model(
     ways = {at: options.of(span.shape, whole[at]) for at, span in found.items() if span.start not in scans}
     for (i, j), span in found.items():
         if span.start in scans:
-            ways[i, j] = scan_ways(span.shape, plain(span.shape), *scans[span.start], spans.unit)
+            ways[i, j] = scan_ways(span.shape, plain(span.shape), scans[span.start], spans.unit)
     edges = [_edge(i, j, ways[i, j], loop) for i, j in pairs if ways[i, j].options]
     limit = max(256, min(_LABELS, 2**19 // len(places)))
-    frontier = Frontier(len(places), edges, limit=limit, host=host)
+    frontier = Frontier(len(places), edges, limit=limit, host=host, repeated=loop)
     kept = {(e.start, e.stop): found[e.start, e.stop] for e in edges}
-    inside = {i: model for i, (_, model) in scans.items()}
+    inside = {(i, body.group): model for i, several in scans.items() for body, model in several}
     return Model(spans.flat, frontier, kept, spans, options, tuple(places), inside)
 
 
 def _edge(start: int, stop: int, ways: Ways, loop: bool) -> Edge:
-    several = (ways.options, ways.bounds, ways.corners)
-    return Edge(start, stop, *(flattened(options) if loop else options for options in several))
+    if not loop:
+        return Edge(start, stop, ways.options, ways.bounds, ways.corners)
+    # what is alive while a step is differentiated is alive once, and bounds on what is kept know nothing of it
+    bounds, corners = flattened(ways.bounds or ways.options), flattened(ways.corners)
+    return Edge(start, stop, ways.options, bounds, corners)
 
 
 def _pairs(places: Sequence[int]) -> list[tuple[int, int]]:

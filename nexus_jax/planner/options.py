@@ -20,11 +20,13 @@ class Way:
 
     Attributes:
         inside: how a step is run, where the stretch is a scan: a path of the model of its body.
+        group: how many of its steps are run as one, so.
         away: whether what later stretches take from it waits on the host.
     """
 
     choice: Choice | None
     inside: Path | None = None
+    group: int = 1
     away: bool = False
 
 

@@ -113,6 +113,12 @@ class Prices:
         """What running an equation again costs the plan: picoseconds or FLOPs."""
         return self.flops_of(eqn) if self.objective == "flops" else self.picoseconds_of(eqn)
 
+    def sum_of(self, aval: Any) -> int:
+        """What adding two values of a type costs."""
+        like = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        [eqn] = jax.make_jaxpr(jax.lax.add)(like, like).eqns
+        return self.cost_of(eqn)
+
 
 def is_view(eqn: Any) -> bool:
     """Whether an equation is another name for the same bytes."""

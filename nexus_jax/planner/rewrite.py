@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,9 @@ from nexus_jax import flat as flats
 from nexus_jax.flat import Flat
 from nexus_jax.offloading import marks, transfer
 from nexus_jax.offloading.gradient import differentiated
+from nexus_jax.offloading.loops import Loop, loop_of
+from nexus_jax.offloading.stages import variables
+from nexus_jax.planner import groups
 from nexus_jax.planner.needs import name_equation, nameable
 from nexus_jax.policy.places import OFFLOAD, SAVE
 
@@ -27,6 +30,7 @@ class Segment:
         boundary: whether it is one; else it runs as the user wrote it.
         save, offload: results of its equations, by number among them, that a boundary keeps.
         inside: how each step is run, of a segment that is one scan and no boundary.
+        group: how many steps of that scan are run as one; ``inside`` is how.
     """
 
     start: int
@@ -35,6 +39,7 @@ class Segment:
     save: tuple[int, ...] = ()
     offload: tuple[int, ...] = ()
     inside: tuple[Segment, ...] = ()
+    group: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
@@ -43,6 +48,8 @@ class Segment:
             raise ValueError(f"segment {self.start}: only a boundary keeps values; write boundary = true.")
         if self.inside and (self.boundary or self.stop != self.start + 1):
             raise ValueError(f"segment {self.start}: only a scan alone has segments inside, and it is no boundary.")
+        if self.group < 1 or (self.group > 1 and not self.inside):
+            raise ValueError(f"segment {self.start}: group = {self.group} is of steps of a scan; write 1 or more, and inside.")
         both = sorted(set(self.save) & set(self.offload))
         if both:
             raise ValueError(f"segment {self.start}: value {both[0]} is both saved and offloaded.")
@@ -65,11 +72,7 @@ def check(flat: Flat, segments: Sequence[Segment]) -> None:
             if not 0 <= n < len(values) or isinstance(values[n], jex.DropVar):
                 raise ValueError(f"segment {s.start} keeps value {n}, which is not there: it has {len(values)} values.")
         if s.inside:
-            if flat.eqns[s.start].primitive.name != "scan":
-                raise ValueError(
-                    f"segment {s.start} has segments inside, and is {flat.eqns[s.start].primitive.name}, no scan."
-                )
-            check(_body(flat.eqns[s.start]), s.inside)
+            check(groups.body_of(_loop(flat, s), s.group), s.inside)
     if at != len(flat.eqns):
         raise ValueError(f"the segments end at equation {at}, and the program has {len(flat.eqns)}.")
 
@@ -107,9 +110,19 @@ def _to_device(x: Any) -> Any:
     return jax.device_put(x, jax.memory.Space.Device)
 
 
-def _run(flat: Flat, segments: Sequence[Segment], marked: bool = False) -> Callable[..., list[Any]]:
+def _run(
+    flat: Flat, segments: Sequence[Segment], marked: bool = False, stacks: Collection[Any] | None = None
+) -> Callable[..., list[Any]]:
+    """The program as a function.
+
+    Args:
+        marked: the segments are stages.
+        stacks: inputs of which each segment reads slices; its gradients are then made before those of the one before it.
+    """
     used = _used_after(flat, segments)
     parts = [_part(flat, s, outs) for s, outs in zip(segments, used, strict=True)]
+    if stacks is not None:
+        parts = [(groups.in_turn(flat, jaxpr, stacks), ins) for jaxpr, ins in parts]
     ends = [_ends(flat, s, outs) if marked else None for s, outs in zip(segments, used, strict=True)]
 
     def run(*given: Any) -> list[Any]:
@@ -157,21 +170,37 @@ def _used_after(flat: Flat, segments: Sequence[Segment]) -> list[list[Any]]:
     return found[::-1]
 
 
-def _body(scan: Any) -> Flat:
-    return flats.flatten(scan.params["jaxpr"])
+def _loop(flat: Flat, segment: Segment) -> Loop:
+    eqn = flat.eqns[segment.start]
+    loop = loop_of(eqn)
+    if loop is None:
+        raise ValueError(f"segment {segment.start} has segments inside, and is {eqn.primitive.name}, no scan of two steps.")
+    return loop
 
 
-def _scan(eqn: Any, inside: Sequence[Segment]) -> Any:
-    """A scan whose steps run as the segments say."""
-    old, body = eqn.params["jaxpr"], _body(eqn)
-    closed = jax.make_jaxpr(rewritten(body, inside))(*flats.avals(body))
-    return eqn.replace(params={**eqn.params, "jaxpr": closed if type(old) is type(closed) else closed.jaxpr})
+def _scan(flat: Flat, segment: Segment, outs: list[Any]) -> tuple[Any, list[Any]]:
+    """A scan whose steps run as its segment says."""
+    loop = _loop(flat, segment)
+    body = groups.body_of(loop, segment.group)
+    stacks = body.jaxpr.invars[loop.constants + loop.carried :] if segment.group > 1 else None
+    run = _run(body, segment.inside, stacks=stacks)
+    eqn = loop.eqn
+    ins = list(dict.fromkeys(variables(eqn.invars)))
+
+    def wanted(*given: Any) -> list[Any]:
+        env = dict(zip(ins, given, strict=True))
+        values = [v.val if isinstance(v, jex.Literal) else env[v] for v in eqn.invars]
+        results = loop.run(run, values, segment.group)
+        return [x for v, x in zip(eqn.outvars, results, strict=True) if v in outs]
+
+    jaxpr = flats.flatten(jax.make_jaxpr(wanted)(*flats.like(ins))).jaxpr
+    return jaxpr.replace(eqns=[e.replace(source_info=eqn.source_info) for e in jaxpr.eqns]), ins
 
 
 def _part(flat: Flat, segment: Segment, outs: list[Any]) -> tuple[Any, list[Any]]:
-    eqns = flat.eqns[segment.start : segment.stop]
     if segment.inside:
-        eqns = [_scan(eqns[0], segment.inside)]
+        return _scan(flat, segment, outs)
+    eqns = flat.eqns[segment.start : segment.stop]
     if segment.boundary:
         values = numbered(flat, segment)
         names = {values[n]: OFFLOAD for n in segment.offload}

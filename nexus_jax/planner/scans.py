@@ -1,7 +1,7 @@
 """A scan over layers as a stretch of its own: what its body keeps, it keeps for every step.
 
-One choice holds for all steps: to let some layers keep more than others, the scan would have to be cut in two, and slices
-of the stacked parameters are copies. Each step's carry is kept anyway; what one step makes again is there once.
+One choice holds for all steps, of one layer or of a few at once (:mod:`groups`), some of which may keep more than others.
+Each step's carry is kept anyway; what one step makes again is there once, and so is a copy of what it has kept.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 from jax.extend import core as jex
 
-from nexus_jax import flat as flats
 from nexus_jax.flat import Flat, is_floating
 from nexus_jax.offloading.loops import Loop, loop_of
-from nexus_jax.planner.allocate import Option, Path
+from nexus_jax.planner import groups
+from nexus_jax.planner.allocate import Option, price_of
 from nexus_jax.planner.options import Way, Ways, undominated
 from nexus_jax.planner.spans import Shape
 
@@ -25,15 +25,17 @@ _MOST = 256  # options of a scan
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Body:
-    """What a scan does at each step, as a program.
+    """What a scan does at each step, or at a few, as a program.
 
     Attributes:
         loop: the scan.
+        group: how many of its steps are taken at once.
         differentiated: which of the body's inputs are.
         results: which of its results the backward pass starts from.
     """
 
     loop: Loop
+    group: int
     flat: Flat
     differentiated: tuple[int, ...]
     results: tuple[int, ...]
@@ -43,26 +45,45 @@ class Body:
         """Which of its inputs are carried."""
         return range(self.loop.constants, self.loop.constants + self.loop.carried)
 
+    @property
+    def stacks(self) -> list[Any]:
+        """The types of what its steps read slices of, and have gradients of: a sum of one for each step."""
+        inputs = self.flat.jaxpr.invars
+        return [inputs[i].aval for i in self.differentiated if i >= self.carry.stop]
 
-def bodies(flat: Flat, differentiated: Sequence[int]) -> dict[int, Body]:
-    """The scans of a program that can be opened, by the position of their equation."""
+    @property
+    def steps(self) -> int:
+        """How often it runs."""
+        return self.loop.steps // self.group
+
+
+def bodies(flat: Flat, differentiated: Sequence[int], grouped: bool = True) -> dict[int, list[Body]]:
+    """The scans of a program that can be opened, by the position of their equation; one step and, ``grouped``, several."""
     active = {flat.jaxpr.invars[i] for i in differentiated}
     found = {}
     for i, eqn in enumerate(flat.eqns):
         ins = [not isinstance(v, jex.Literal) and v in active for v in eqn.invars]
         if any(ins):
-            body = _body(eqn, ins)
+            several = _bodies(eqn, ins, grouped)
             active.update(v for v in eqn.outvars if is_floating(v.aval))
-            if body is not None:
-                found[i] = body
+            if several:
+                found[i] = several
     return found
 
 
-def _body(eqn: Any, active: list[bool]) -> Body | None:
+def _bodies(eqn: Any, active: list[bool], grouped: bool) -> list[Body]:
     loop = loop_of(eqn)
     if loop is None or eqn.effects:
-        return None
-    flat = flats.flatten(eqn.params["jaxpr"])
+        return []
+    one = _body(loop, 1, active)
+    if one is None:
+        return []
+    several = (_body(loop, n, active) for n in groups.sizes(loop.steps) if n > 1 and grouped)
+    return [one, *(body for body in several if body is not None)]
+
+
+def _body(loop: Loop, group: int, active: list[bool]) -> Body | None:
+    flat = groups.body_of(loop, group)
     if flat.consts or any(e.effects for e in flat.eqns) or not flat.eqns:
         return None
     # what is carried is active as soon as anything is
@@ -73,47 +94,53 @@ def _body(eqn: Any, active: list[bool]) -> Body | None:
         if is_floating(v.aval) and (active[i] or (i in carry and any(active)))
     )
     outs = tuple(i for i, v in enumerate(flat.jaxpr.outvars) if not isinstance(v, jex.Literal) and is_floating(v.aval))
-    return Body(loop, flat, ins, outs) if ins and outs else None
+    return Body(loop, group, flat, ins, outs) if ins and outs else None
 
 
-def ways(shape: Shape, plain: Option, body: Body, model: Any, unit: int) -> Ways:
+def ways(shape: Shape, plain: Option, several: Sequence[tuple[Body, Any]], unit: int) -> Ways:
     """The options of a scan.
 
     Args:
         shape, plain: of the stretch that is the scan alone.
-        model: of its body, whose frontier is that of bytes kept and time (:func:`flattened`).
+        several: its body, of one step and of several at once, each with a model whose frontier is that of bytes kept and
+            time (``repeated``).
         unit: of the ticks outside.
     """
-    steps, sizes, inner = body.loop.steps, model.spans_of.sizes, model.spans_of.unit
+    found, bounds = [plain], [plain]
+    for body, model in several:
+        options, limits = _ways(shape, body, model, unit)
+        found += options
+        bounds += limits
+    return Ways(undominated(found), undominated(bounds))
+
+
+def _ways(shape: Shape, body: Body, model: Any, unit: int) -> tuple[list[Option], list[Option]]:
+    steps, sizes, inner = body.steps, model.spans_of.sizes, model.spans_of.unit
     carried = sum(sizes[i] for i in body.carry if i in body.differentiated)
     outside = shape.crossing + steps * carried
     frontier = model.frontier
-    found, bounds = [plain], [plain]
+    summed = (body.group - 1) * sum(map(model.spans_of.price.sum_of, body.stacks))
     count = len(frontier.peaks)
+    found: list[Option] = []
     for at in sorted({round(k * (count - 1) / min(_MOST, count)) for k in range(min(_MOST, count) + 1)}):
         path = frontier.path(at)
         if not any(option.what.choice is not None for _, option in path.steps):
             continue
-        kept, ticks = outside + steps * path.peak, -(-steps * path.ticks * inner // unit)
-        found.append(
-            Option(kept=kept, working=_working(model, path) + shape.transient, ticks=ticks, what=Way(None, inside=path))
-        )
+        kept, ticks = outside + steps * path.peak, -(-steps * (path.ticks * inner + summed) // unit)
+        working = shape.transient + price_of([option for _, option in path.steps])[0]
+        found.append(Option(kept=kept, working=working, ticks=ticks, what=Way(None, inside=path, group=body.group)))
+    bounds = []
     for below, above in itertools.pairwise(frontier.peaks):
         least = frontier.bound(above - 1)
         bounds.append(_bound(outside + steps * below, steps * least * inner // unit))
     bounds.append(_bound(outside + steps * frontier.peaks[-1], 0))
-    return Ways(undominated(found), undominated(bounds))
+    return found, bounds
 
 
 def _bound(kept: int, ticks: int) -> Option:
     return Option(kept=kept, working=0, ticks=ticks, what=Way(None))
 
 
-def _working(model: Any, path: Path) -> int:
-    """What the worst boundary of a step needs while it is differentiated."""
-    return max(model.option(edge, option).working for edge, option in path.steps)
-
-
 def flattened(options: Sequence[Option]) -> tuple[Option, ...]:
-    """Options of a body's stretches, of which only bytes and time count."""
+    """Options of which only what they keep and time count."""
     return undominated([dataclasses.replace(o, working=0) for o in options])

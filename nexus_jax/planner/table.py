@@ -24,7 +24,8 @@ def rows_of(model: Model, path: Path) -> tuple[Row, ...]:
         span = model.span(edge.start, edge.stop)
         inside = option.what.inside
         if inside is not None:
-            rows = [_of_scan(model, span, row) for row in rows_of(model.bodies[span.start], inside)]
+            group = option.what.group
+            rows = [_of_scan(model, span, group, row) for row in rows_of(model.bodies[span.start, group], inside)]
         else:
             rows = _rows(model, span, option)
         for row in rows:
@@ -34,11 +35,11 @@ def rows_of(model: Model, path: Path) -> tuple[Row, ...]:
     return tuple(found.values())
 
 
-def _of_scan(model: Model, span: Span, row: Row) -> Row:
-    """A line about the body of a scan: it holds for every step."""
+def _of_scan(model: Model, span: Span, group: int, row: Row) -> Row:
+    """A line about the body of a scan: it holds for every step, or for every ``group`` of them."""
     eqn = model.flat.eqns[span.start]
     where = "/".join(part for part in (_path(eqn), row.where) if part and part != "outside modules")
-    return dataclasses.replace(row, where=where or "outside modules", count=row.count * eqn.params["length"])
+    return dataclasses.replace(row, where=where or "outside modules", count=row.count * eqn.params["length"] // group)
 
 
 def _fields(row: Row) -> dict[str, Any]:
