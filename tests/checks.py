@@ -7,13 +7,24 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import nexus_jax as nj
-from nexus_jax import flat
+from nexus_jax import _compat, flat
 from nexus_jax.flops import count_matmuls
+from nexus_jax.targets.compiler import find_target
 
+KINDS = {"v5e": "tpu", "h200": "gpu"}
 SMALL = nj.SelectiveCheckpointConfig(policy="auto", auto_wrap_min_params=100)
+
+
+def needs(*targets):
+    """Skip the test where no compiler for one of these targets is installed."""
+    for target in targets:
+        kind = find_target(target).sheet.kind
+        if not _compat.has_compiler(kind):
+            pytest.skip(f"no compiler for {target}: {_compat.install_line(kind)}")
 
 
 def total(tree):

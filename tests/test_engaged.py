@@ -4,23 +4,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from checks import KINDS, needs
 from models import GPT, Block, linen_loss
 
 import nexus_jax as nj
-from nexus_jax import _compat
 from nexus_jax.timeline import Timeline
-
-KINDS = {"v5e": "tpu", "h200": "gpu"}
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NEXUS_JAX_CACHE", str(tmp_path / "cache"))
-
-
-def needs(target):
-    if not _compat.has_compiler(KINDS[target]):
-        pytest.skip(f"no compiler for {target}: {_compat.install_line(KINDS[target])}")
 
 
 def step(policy, batch=2, length=32, **sizes):

@@ -6,9 +6,9 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
+from checks import needs
 
 import nexus_jax as nj
-from nexus_jax import _compat
 from nexus_jax.targets import find_target, host, sheet
 from nexus_jax.training import offload
 
@@ -79,8 +79,7 @@ def test_the_free_memory_of_this_machine(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("target", ["v5e", "h200"])
 def test_a_step_that_wants_more_than_its_host_has_does_not_fit(target):
-    if not _compat.has_compiler("tpu" if target == "v5e" else "gpu"):
-        pytest.skip(f"no compiler for {target}")
+    needs(target)
     limit = {"v5e": 48 * GIB, "h200": 64 * GIB}[target]
     layers = 2 * limit // EACH
     loss = nj.ActivationOffloader(offload_threshold_mb=1.0).wrap(scanned)

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from checks import KINDS, needs
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,18 +24,12 @@ from nexus_jax.measure import measurement
 from nexus_jax.program import step_of
 from nexus_jax.targets import compiler, worker
 
-KINDS = {"v5e": "tpu", "h200": "gpu"}
 SIZE = dict(layers=2, d=256, heads=4, vocab=512, dtype=jnp.bfloat16)
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NEXUS_JAX_CACHE", str(tmp_path / "cache"))
-
-
-def needs(target):
-    if not _compat.has_compiler(KINDS[target]):
-        pytest.skip(f"no compiler for {target}: {_compat.install_line(KINDS[target])}")
 
 
 def gpt(policy="none"):

@@ -11,13 +11,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import assert_close, steps_of
+from checks import assert_close, needs, steps_of
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from models import GPT, NNXGPT, ScannedGPT, linen_loss, loss_of
 
 import nexus_jax as nj
-from nexus_jax import _compat
 from nexus_jax.measure import measurement
 from nexus_jax.offloading import hazards, stages
 from nexus_jax.program import step_of
@@ -264,8 +263,7 @@ def compile_once(loss, *args, target):
 def compiled(request):
     """Bytes of six layers of 640 MiB of residuals each: nothing moved, and moved with 0 to 3 layers ahead."""
     target = request.param
-    if not _compat.has_compiler("tpu" if target == "v5e" else "gpu"):
-        pytest.skip(f"no compiler for {target}")
+    needs(target)
     rows, d = 2**17, 512
     params = jax.eval_shape(lambda: weights(6, d, jnp.bfloat16))
     x = jax.ShapeDtypeStruct((rows, d), jnp.bfloat16)
@@ -375,8 +373,7 @@ def test_a_scanned_model_and_what_is_around_it(ahead):
 
 @pytest.mark.parametrize("target", ["v5e", "h200"])
 def test_a_scan_takes_less_than_recomputing_everything(target):
-    if not _compat.has_compiler("tpu" if target == "v5e" else "gpu"):
-        pytest.skip(f"no compiler for {target}")
+    needs(target)
     rows, d = 2**17, 512
     params = jax.eval_shape(lambda: stack(weights(6, d, jnp.bfloat16)))
     x = jax.ShapeDtypeStruct((rows, d), jnp.bfloat16)

@@ -53,6 +53,22 @@ def test_the_frontier_is_that_of_all_paths(program):
 
 
 @settings(max_examples=300, deadline=None)
+@given(programs())
+def test_in_a_loop_what_is_kept_counts_and_of_equal_paths_the_one_that_needs_least_while_it_runs(program):
+    cuts, edges = program
+    kept = lambda path: (sum(o.kept for o in path), sum(o.ticks for o in path))
+    needed = {}
+    for path in paths(cuts, edges):
+        needed[kept(path)] = min(price_of(path)[0], needed.get(kept(path), 10**9))
+    undominated = {p for p in needed if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in needed)}
+    found = Frontier(cuts, edges, repeated=True)
+    assert set(zip(found.peaks, found.ticks, strict=True)) == undominated
+    for at, point in enumerate(zip(found.peaks, found.ticks, strict=True)):
+        path = [o for _, o in found.path(at).steps]
+        assert kept(path) == point and price_of(path)[0] == needed[point]
+
+
+@settings(max_examples=300, deadline=None)
 @given(programs(), st.data())
 def test_no_path_takes_more_of_the_host_than_there_is(program, data):
     cuts, edges = program

@@ -4,22 +4,15 @@ import jax
 import jax.numpy as jnp
 import models
 import pytest
+from checks import needs
 
 import nexus_jax as nj
-from nexus_jax import _compat
 from nexus_jax.planner import Infeasible, Planner, loop
-
-KINDS = {"v5e": "tpu", "h200": "gpu"}
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("NEXUS_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "planner-targets"))
-
-
-def needs(target):
-    if not _compat.has_compiler(KINDS[target]):
-        pytest.skip(_compat.install_line(KINDS[target]))
 
 
 def workload(make, policy="none", d=256, batch=8, **kwargs):

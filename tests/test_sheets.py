@@ -7,10 +7,10 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from checks import needs
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nexus_jax import _compat
 from nexus_jax.program import step_of
 from nexus_jax.targets import find_target, names, sheet, sheets, target_mesh
 from nexus_jax.targets.compiler import compile_all
@@ -23,12 +23,6 @@ GIB = 2**30
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NEXUS_JAX_CACHE", str(tmp_path / "cache"))
-
-
-def needs(*targets):
-    for kind in {find_target(t).sheet.kind for t in targets}:
-        if not _compat.has_compiler(kind):
-            pytest.skip(f"no compiler for a {kind}: {_compat.install_line(kind)}")
 
 
 def job(target, loss, *shapes, specs=None, mesh=None):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import needs
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,6 @@ from nexus_jax import _compat, timeline
 from nexus_jax.targets import worker
 
 SIZE = dict(layers=2, d=256, heads=4, vocab=512, dtype=jnp.bfloat16)
-KINDS = {"v5e": "tpu", "h200": "gpu"}
 MIB = 2**20
 
 
@@ -82,8 +82,8 @@ def by_hand(tmp_path_factory):
     folders = {}
 
     def get(target, name, policy):
-        if target != "local" and not _compat.has_compiler(KINDS[target]):
-            pytest.skip(f"no compiler for {target}: {_compat.install_line(KINDS[target])}")
+        if target != "local":
+            needs(target)
         if target not in folders:
             folders[target] = tmp_path_factory.mktemp(target)
             if target == "local":
@@ -149,8 +149,8 @@ def test_measure_gives_the_same(by_hand, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("target", (None, "v5e", "h200"))
 def test_arguments_are_named_by_their_place_in_the_call(target, tmp_path, monkeypatch):
-    if target and not _compat.has_compiler(KINDS[target]):
-        pytest.skip(f"no compiler for {target}: {_compat.install_line(KINDS[target])}")
+    if target:
+        needs(target)
     monkeypatch.setenv("NEXUS_JAX_CACHE", str(tmp_path))
     table = jnp.arange(64.0)  # closed over: JAX may make it an argument of its own
 
@@ -178,8 +178,7 @@ def test_the_arguments_of_an_nnx_model(tmp_path, monkeypatch):
 
 
 def test_a_step_that_does_not_fit_sums_to_what_the_compiler_refuses(tmp_path):
-    if not _compat.has_compiler("tpu"):
-        pytest.skip(f"no compiler for v5e: {_compat.install_line('tpu')}")
+    needs("v5e")
     code = """
         import json, pathlib, sys, jax, jax.numpy as jnp
         from jax.sharding import SingleDeviceSharding

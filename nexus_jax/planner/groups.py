@@ -6,7 +6,7 @@ copy them. Inside, each step reads its slice where it needs it: what is read at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -78,7 +78,11 @@ def _unrolled(loop: Loop, one: Flat, group: int) -> Flat:
         given = dict(zip(inputs[:first], [*inputs[: loop.constants], *carry], strict=True))
 
         def read(v: Any, k: int = k, given: dict[Any, Any] = given) -> Any:
-            return given[v] if v in given else _inserted(eqns, lambda x: jax.lax.index_in_dim(x, k, keepdims=False), stacks[v])
+            return (
+                given[v]
+                if v in given
+                else _inserted(eqns, lambda x: jax.lax.index_in_dim(x, k, keepdims=False), stacks[v])
+            )
 
         outs = flats.copied(one, read, eqns)
         carry, made[k] = outs[: loop.carried], outs[loop.carried :]

@@ -49,7 +49,9 @@ class Segment:
         if self.inside and (self.boundary or self.stop != self.start + 1):
             raise ValueError(f"segment {self.start}: only a scan alone has segments inside, and it is no boundary.")
         if self.group < 1 or (self.group > 1 and not self.inside):
-            raise ValueError(f"segment {self.start}: group = {self.group} is of steps of a scan; write 1 or more, and inside.")
+            raise ValueError(
+                f"segment {self.start}: group = {self.group} is of steps of a scan; write 1 or more, and inside."
+            )
         both = sorted(set(self.save) & set(self.offload))
         if both:
             raise ValueError(f"segment {self.start}: value {both[0]} is both saved and offloaded.")
@@ -174,7 +176,9 @@ def _loop(flat: Flat, segment: Segment) -> Loop:
     eqn = flat.eqns[segment.start]
     loop = loop_of(eqn)
     if loop is None:
-        raise ValueError(f"segment {segment.start} has segments inside, and is {eqn.primitive.name}, no scan of two steps.")
+        raise ValueError(
+            f"segment {segment.start} has segments inside, and is {eqn.primitive.name}, no scan of two steps."
+        )
     return loop
 
 
