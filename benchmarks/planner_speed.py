@@ -1,6 +1,7 @@
 """How long the solver takes, over the number of equal layers: python benchmarks/planner_speed.py 3 12 48 192
 
-The layers are those of a perceptron with a residual stream (five equations), or with --gpt those of a GPT.
+The layers are those of a perceptron with a residual stream (five equations), or with --gpt those of a GPT, or with
+--scanned those of a GPT as one scan.
 """
 
 import argparse
@@ -30,17 +31,24 @@ def perceptron(layers):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("layers", type=int, nargs="+")
-    parser.add_argument("--gpt", action="store_true")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--gpt", action="store_true")
+    which.add_argument("--scanned", action="store_true")
     args = parser.parse_args()
     before = None
     for layers in args.layers:
-        fn, given = zoo.gpt(layers=layers, d=64, length=64, batch=2, vocab=512) if args.gpt else perceptron(layers)
+        small = {"layers": layers, "d": 64, "length": 64, "batch": 2, "vocab": 512}
+        if args.scanned:
+            fn, given = zoo.gpt_scanned(**small)
+        else:
+            fn, given = zoo.gpt(**small) if args.gpt else perceptron(layers)
         start = time.process_time()
         loss = Loss(fn, given)
         differentiated = loss.differentiated((0,))
         traced = time.process_time()
         model = model_of(loss.flat, differentiated, Prices(find_target("v5e"), "flops"))
         end = time.process_time()
+        solved = sum(m.options.solved for m in (model, *model.bodies.values()))
         frontier = model.frontier
         middle = frontier.peaks[len(frontier.peaks) // 2]
         path, bound = frontier.within(middle), frontier.bound(middle)
@@ -51,7 +59,7 @@ def main():
         )
         print(
             f"{layers} layers, {len(loss.flat.eqns)} equations: traced in {traced - start:.1f} s, differentiated, cut and "
-            f"solved in {end - traced:.1f} s ({model.options.solved} kinds of stretches, {len(frontier.peaks)} plans, gap "
+            f"solved in {end - traced:.1f} s ({solved} kinds of stretches, {len(frontier.peaks)} plans, gap "
             f"in the middle {100 * (1 - bound / path.ticks):.2f} %){power}",
             flush=True,
         )

@@ -18,7 +18,7 @@ from nexus_jax.flat import Flat, is_floating
 from nexus_jax.offloading.gradient import fenced
 from nexus_jax.offloading.loops import Loop
 
-_MOST = 6  # steps at once: each is compiled
+_MOST = 4  # steps at once: each is compiled
 
 
 def sizes(steps: int) -> list[int]:

@@ -13,13 +13,14 @@ from jax.extend import core as jex
 from nexus_jax.flat import Flat
 from nexus_jax.planner.allocate import Edge, Frontier, Option, Path, price_of
 from nexus_jax.planner.cuts import cuts
-from nexus_jax.planner.graph import Choice
+from nexus_jax.planner.graph import Choice, Graph
 from nexus_jax.planner.needs import needs_of
 from nexus_jax.planner.options import Options, Way, Ways, of_choice, plain
 from nexus_jax.planner.prices import Prices
 from nexus_jax.planner.rewrite import Segment
 from nexus_jax.planner.scans import Body, bodies, flattened
 from nexus_jax.planner.scans import ways as scan_ways
+from nexus_jax.planner.solve import Stairs
 from nexus_jax.planner.spans import Span, Spans
 
 _TOGETHER = 6  # stretches between neighbouring cuts that are solved as one
@@ -123,15 +124,22 @@ def model_of(
     """
     spans = Spans(flat, needs_of(flat, differentiated, results), price)
     scans = bodies(flat, differentiated, groups)
-    inside = {i: [(b, _body_model(b, price, deadline, solves)) for b in several] for i, several in scans.items()}
+    inside = {i: _of_bodies(several, price, deadline, solves) for i, several in scans.items()}
     return _model(spans, deadline, solves, inside)
 
 
-def _body_model(body: Body, price: Prices, deadline: float, solves: int | None) -> Model:
-    """The model of what a scan does at each step. Its frontier is that of all bytes kept, and time."""
+def _of_bodies(several: Sequence[Body], price: Prices, deadline: float, solves: int | None) -> list[tuple[Body, Model]]:
+    """What a scan does at each step and at several at once, with a model each: its frontier is that of all bytes kept and
+    time. Equal stretches of all of them are solved once.
+    """
     price = dataclasses.replace(price, host=0)  # what leaves inside a scan is not planned
-    spans = Spans(body.flat, needs_of(body.flat, body.differentiated, body.results), price)
-    return _model(spans, deadline, solves, loop=True)
+    stairs: dict[Graph, Stairs] = {}
+    found: list[tuple[Body, Model]] = []
+    for body in several:
+        unit = found[0][1].spans_of.unit if found else None
+        spans = Spans(body.flat, needs_of(body.flat, body.differentiated, body.results), price, unit)
+        found.append((body, _model(spans, deadline, solves, stairs=stairs)))
+    return found
 
 
 def _model(
@@ -139,8 +147,10 @@ def _model(
     deadline: float,
     solves: int | None,
     scans: Mapping[int, Sequence[tuple[Body, Model]]] = MappingProxyType({}),
-    loop: bool = False,
+    stairs: dict[Graph, Stairs] | None = None,
 ) -> Model:
+    """The model of a program, or of a loop's body; ``stairs`` is what bodies share."""
+    loop = stairs is not None
     around = {p for i in scans for p in (i, i + 1)}
     places = sorted({*cuts(spans.flat, spans.sizes, spans.costs), *around})
     pairs = [(i, j) for i, j in _pairs(places) if j == i + 1 or not any(places[i] <= at < places[j] for at in scans)]
@@ -148,7 +158,7 @@ def _model(
     whole = {(i, j): j > i + 1 and (j - i > _TOGETHER or places[j] - places[i] > _EQUATIONS) for i, j in pairs}
     kinds = len({span.shape for at, span in found.items() if not whole[at]})
     host = spans.price.host
-    options = Options(deadline, solves, most=_TOTAL // max(kinds, 1), host=host)
+    options = Options(deadline, solves, most=_TOTAL // max(kinds, 1), host=host, stairs=stairs)
     ways = {at: options.of(span.shape, whole[at]) for at, span in found.items() if span.start not in scans}
     for (i, j), span in found.items():
         if span.start in scans:

@@ -45,12 +45,21 @@ class Options:
     Args:
         solves: integer programs with a limit for a stretch's frontier; None is by its size, ``most`` at most.
         host: bytes of host memory.
+        stairs: what was solved for another program under the same terms.
     """
 
-    def __init__(self, deadline: float = math.inf, solves: int | None = None, most: int = _SOLVES, host: int = 0):
+    def __init__(
+        self,
+        deadline: float = math.inf,
+        solves: int | None = None,
+        most: int = _SOLVES,
+        host: int = 0,
+        stairs: dict[Graph, Stairs] | None = None,
+    ):
         self.host = host
         self.deadline, self.solves, self.most = deadline, solves, min(most, _SOLVES)
         self.known: dict[tuple[Shape, bool], Ways] = {}
+        self.stairs = {} if stairs is None else stairs
         self.solved = 0
 
     def of(self, shape: Shape, whole: bool) -> Ways:
@@ -65,22 +74,26 @@ class Options:
             return Ways(() if whole else (plain(shape),))
         if whole:
             return Ways(undominated([of_choice(shape, choice) for choice in fixed(shape).values()]))
-        self.solved += 1
-        solves = self.solves
-        if solves is None:
-            solves = min(self.most, _EASY // (1 + len(shape.graph.keepable) ** 2))
         found, bounds, corners = [plain(shape)], [plain(shape)], [plain(shape)]
         for away in (False, True) if shape.leaving else (False,):
-            graph = _graph(shape, away)
-            try:
-                stairs = frontier(graph, solves=solves, deadline=self.deadline, host=self.host)
-            except SolverTimeout:
-                stairs = Stairs((), (Bound(low=0, high=sum(graph.sizes), ticks=0),))
+            stairs = self._solved(_graph(shape, away))
             found += [of_choice(shape, p.choice, away) for p in stairs.points]
             bounds += _bounds(shape, stairs.bounds, away)
             corners += _bounds(shape, stairs.corners(also=_both(shape)), away)
         found += [of_choice(shape, choice) for choice in fixed(shape).values()]  # they may need less while they run
         return Ways(undominated(found), undominated(bounds), undominated(corners))
+
+    def _solved(self, graph: Graph) -> Stairs:
+        if graph not in self.stairs:
+            self.solved += 1
+            solves = self.solves
+            if solves is None:
+                solves = min(self.most, _EASY // (1 + len(graph.keepable) ** 2))
+            try:
+                self.stairs[graph] = frontier(graph, solves=solves, deadline=self.deadline, host=self.host)
+            except SolverTimeout:
+                return Stairs((), (Bound(low=0, high=sum(graph.sizes), ticks=0),))
+        return self.stairs[graph]
 
 
 def plain(shape: Shape) -> Option:

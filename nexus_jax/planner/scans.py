@@ -20,7 +20,8 @@ from nexus_jax.planner.allocate import Option, price_of
 from nexus_jax.planner.options import Way, Ways, undominated
 from nexus_jax.planner.spans import Shape
 
-_MOST = 256  # options of a scan
+_MOST = 256  # options of a scan, for each number of steps at once
+_BOUNDS = 64  # the same of bounds, each a linear program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,7 +123,7 @@ def _ways(shape: Shape, body: Body, model: Any, unit: int) -> tuple[list[Option]
     summed = (body.group - 1) * sum(map(model.spans_of.price.sum_of, body.stacks))
     count = len(frontier.peaks)
     found: list[Option] = []
-    for at in sorted({round(k * (count - 1) / min(_MOST, count)) for k in range(min(_MOST, count) + 1)}):
+    for at in _some(count, _MOST):
         path = frontier.path(at)
         if not any(option.what.choice is not None for _, option in path.steps):
             continue
@@ -130,11 +131,16 @@ def _ways(shape: Shape, body: Body, model: Any, unit: int) -> tuple[list[Option]
         working = shape.transient + price_of([option for _, option in path.steps])[0]
         found.append(Option(kept=kept, working=working, ticks=ticks, what=Way(None, inside=path, group=body.group)))
     bounds = []
-    for below, above in itertools.pairwise(frontier.peaks):
+    for below, above in itertools.pairwise(frontier.peaks[at] for at in _some(count, _BOUNDS)):
         least = frontier.bound(above - 1)
         bounds.append(_bound(outside + steps * below, steps * least * inner // unit))
     bounds.append(_bound(outside + steps * frontier.peaks[-1], 0))
     return found, bounds
+
+
+def _some(count: int, most: int) -> list[int]:
+    """Numbers below ``count``, evenly; the first and the last among them."""
+    return sorted({round(k * (count - 1) / min(most, count)) for k in range(min(most, count) + 1)})
 
 
 def _bound(kept: int, ticks: int) -> Option:

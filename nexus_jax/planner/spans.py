@@ -56,14 +56,18 @@ _BROADCASTS = {"reduce_sum", "reduce_max", "reduce_min"}
 
 
 class Spans:
-    """Makes spans of one program."""
+    """Makes spans of one program.
 
-    def __init__(self, flat: Flat, needs: Needs, price: Prices):
+    Args:
+        unit: of a tick; None is by what the whole program costs.
+    """
+
+    def __init__(self, flat: Flat, needs: Needs, price: Prices, unit: int | None = None):
         self.flat, self.needs, self.price = flat, needs, price
         self.inputs = len(flat.jaxpr.invars)
         self.sizes = [price.bytes_of(aval) for aval in needs.avals]
         self.costs = [price.cost_of(eqn) for eqn in flat.eqns]
-        self.unit = max(1, sum(self.costs) // 10**9)  # a tick; so that HiGHS can tell them apart
+        self.unit = unit or max(1, sum(self.costs) // 10**9)  # a tick; so that HiGHS can tell them apart
         order = sorted(range(len(needs.steps)), key=lambda i: needs.steps[i].home)
         self.steps = [needs.steps[i] for i in order]
         self.homes = [step.home for step in self.steps]
