@@ -182,8 +182,13 @@ def avals(flat: Flat) -> list[jax.ShapeDtypeStruct]:
 
 
 def like(atoms: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    """What variables stand for, as JAX wants to be shown it."""
-    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in atoms]
+    """What variables stand for, as JAX wants to be shown it: where axes of a mesh are explicit, with its sharding."""
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=_explicit(v.aval)) for v in atoms]
+
+
+def _explicit(aval: Any) -> Any:
+    sharding = getattr(aval, "sharding", None)
+    return sharding if any(axis is not None for axis in getattr(sharding, "spec", None) or ()) else None
 
 
 def filling(fun: Callable[..., Any], arrays: Sequence[Any], moving: Sequence[int]) -> Callable[..., Any]:

@@ -117,6 +117,22 @@ def test_dropout_and_statistics_are_those_of_the_plain_model():
         assert_close(plain, unfused(jax.value_and_grad(plan.apply(fn), has_aux=True), *args), 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_over_a_mesh(kind):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    fn, (ws, x) = layers()
+    with jax.set_mesh(mesh):
+        place = lambda a, *spec: jax.device_put(a, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+        args = place(ws), place(x, "x", None)
+        plain = jax.jit(jax.grad(fn))(*args)
+        found = list(every_way(fn, *args))
+        assert {group for _, group in found} == {2, 4}
+        for plan, _ in found:
+            ours = jax.jit(jax.grad(plan.apply(fn)))(*args)
+            assert_close(plain, ours, 1e-5)
+            assert ours.sharding.is_equivalent_to(plain.sharding, 3)
+
+
 def layers(n=8, d=16):
     """A scan over layers whose cost and bytes are known: one matmul each, and what its tanh keeps."""
 

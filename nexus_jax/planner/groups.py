@@ -70,7 +70,7 @@ def in_turn(body: Flat, jaxpr: Any, stacks: Collection[Any]) -> Any:
 def _unrolled(loop: Loop, one: Flat, group: int) -> Flat:
     first = loop.constants + loop.carried
     inputs = one.jaxpr.invars
-    stacks = {v: jex.Var(v.aval.update(shape=(group, *v.aval.shape))) for v in inputs[first:]}
+    stacks = {v: jex.Var(_stack_of(v, group)) for v in inputs[first:]}
     eqns: list[Any] = []
     carry: list[Any] = inputs[loop.constants : first]
     made: list[list[Any]] = [[]] * group
@@ -89,6 +89,12 @@ def _unrolled(loop: Loop, one: Flat, group: int) -> Flat:
     ys = [_inserted(eqns, lambda *several: jnp.stack(several), *several) for several in zip(*made, strict=True)]
     ins = [*inputs[:first], *stacks.values()]
     return Flat(flats.live(one.jaxpr.replace(invars=ins, outvars=[*carry, *ys], eqns=eqns)), ())
+
+
+def _stack_of(v: Any, group: int) -> Any:
+    """The type of so many of what a variable stands for."""
+    [stack] = jax.make_jaxpr(lambda x: jnp.stack([x] * group))(*flats.like([v])).out_avals
+    return stack
 
 
 def _inserted(eqns: list[Any], fun: Callable[..., Any], *atoms: Any) -> Any:
