@@ -7,7 +7,7 @@ when it runs things; :mod:`nexus_jax.peak` predicts most of that without a compi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 
 COMPILES = 6  # at most, the step without a plan among them
 NEAR = 0.98  # of the budget: nearer is not looked for
@@ -39,15 +39,18 @@ def search(
     offset: int = 0,
     compiles: int = COMPILES - 1,
     above: int = -1,
+    key: Callable[[int], Hashable] = lambda at: at,
 ) -> Found:
     """The fastest of ``count`` plans, least memory first, whose compiled step is within the budget.
 
     Args:
         predict: bytes of a plan, without a compile.
         compiled: bytes of a plan.
-        offset: how much more a compiled step takes than predicted, as far as is known.
-        compiles: how often ``compiled`` may be called.
+        offset: how much more a compiled step takes than predicted, as far as is known before one is compiled; then it is
+            taken from the plans that were, between two of them in proportion.
+        compiles: of how many different plans ``compiled`` may be asked.
         above: only plans after this one are worth a compile: something that fits is as fast as it.
+        key: equal for plans that are the same step.
 
     Returns:
         Plan 0 has been compiled where nothing else fits, unless there is something ``above``.
@@ -58,17 +61,17 @@ def search(
     """
     trials: dict[int, Trial] = {}
     low, high = above, count  # the last that fits, the first that does not
-    while len(trials) < compiles and high - low > 1:
-        last = len(trials) == compiles - 1
-        over = sum(t.compiled > budget for t in trials.values())
+    while (asked := len({key(at) for at in trials})) < compiles and high - low > 1:
+        last = asked == compiles - 1
+        over = len({key(t.at) for t in trials.values() if t.compiled > budget})
         aim = budget * (1 - _MARGIN * max(0, over - 1) ** 2)
-        at = 0 if last and low < 0 else _largest(low + 1, high - 1, lambda i: predict(i) + offset <= aim)
+        expected = lambda i: predict(i) + _offset(trials, i, offset)
+        at = 0 if last and low < 0 else _largest(low + 1, high - 1, lambda i: expected(i) <= aim)
         if at is None:
             if low >= 0:
                 break  # nothing faster is predicted to fit
             at = 0
         trials[at] = Trial(at, predict(at), compiled(at))
-        offset = trials[at].compiled - trials[at].predicted
         if trials[at].compiled <= budget:
             low = at
             if trials[at].compiled >= NEAR * budget:
@@ -77,6 +80,17 @@ def search(
             high = at
     fitting = [t for t in trials.values() if t.compiled <= budget]
     return Found(max(fitting, key=lambda t: t.at, default=None), tuple(trials.values()))
+
+
+def _offset(trials: Mapping[int, Trial], at: int, unknown: int) -> float:
+    """How much more a plan will take than predicted, by the compiled ones next to it."""
+    off = lambda t: t.compiled - t.predicted
+    below = max((t for t in trials.values() if t.at <= at), key=lambda t: t.at, default=None)
+    beyond = min((t for t in trials.values() if t.at > at), key=lambda t: t.at, default=None)
+    if below is None or beyond is None:
+        near = below or beyond
+        return unknown if near is None else off(near)
+    return off(below) + (off(beyond) - off(below)) * (at - below.at) / (beyond.at - below.at)
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:

@@ -25,7 +25,7 @@ from nexus_jax.program import step_of
 from nexus_jax.targets.compiler import Target, find_target
 
 _DOUBT = 0.1  # a fixed policy is predicted to take so much more than it does, at most
-_FAR = 0.5  # the same, of the planner's own model, which is coarser and asked first
+_FAR = 1.5  # the same, of the planner's own model, which is coarser and asked first: it knows no on-chip memory
 
 
 def plan(
@@ -226,6 +226,7 @@ class Planner:
             self.offset,
             compiles,
             -1 if best is None else sum(ticks >= best.ticks for ticks in frontier.ticks) - 1,
+            lambda at: self.model.segments(frontier.path(at)),
         )
 
     def _best(self, budget: int) -> Path | None:
@@ -260,15 +261,29 @@ class Planner:
         Those that are predicted to fit come first, the fastest first; then those that are predicted to need least.
         """
         pool = {p.path.ticks: p.path for p in baselines(self.model) if best is None or p.path.ticks < best.ticks}
-        expected = lambda path: self.predicted(path) + self.offset
-        likely = [p for p in pool.values() if p.peak <= budget * (1 + _FAR) and expected(p) <= budget * (1 + _DOUBT)]
-        rank = lambda p: (False, p.ticks, 0) if expected(p) <= budget else (True, expected(p), p.peak)
+        offset = min(self.offset, self._learned())
+        fitting: list[Path] = []
+        near: list[tuple[int, int, Path]] = []
+        for _, path in sorted(pool.items()):
+            if path.peak > budget * (1 + _FAR) or len(fitting) == compiles:
+                continue
+            expected = self.predicted(path) + offset
+            if expected <= budget:
+                fitting.append(path)
+            elif expected <= budget * (1 + _DOUBT):
+                near.append((expected, path.peak, path))
         tried = []
-        for path in sorted(likely, key=rank)[:compiles]:
+        for path in [*fitting, *(path for *_, path in sorted(near, key=lambda n: n[:2]))][:compiles]:
             tried.append(path)
             if self.measured(path).device_bytes <= budget:
                 break
         return tried
+
+    def _learned(self) -> int:
+        """How much more a step takes than predicted, by the last one that was compiled for this budget."""
+        for path in reversed(self._tried.values()):
+            return self.measured(path).device_bytes - self.predicted(path)
+        return self.offset
 
     def _nothing(self, budget: int) -> Plan:
         before = self.before
