@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nexus_jax.planner import relaxed
@@ -88,7 +88,15 @@ def test_no_path_takes_more_of_the_host_than_there_is(program, data):
 
 
 @settings(max_examples=200, deadline=None)
-@given(programs(), st.integers(2, 4), st.integers(0, 120))
+@given(program=programs(), limit=st.integers(2, 4), budget=st.integers(0, 120))
+@example(
+    program=(
+        4,
+        [Edge(0, 1, (option(0, 0, 0),)), *(Edge(i, i + 1, (option(0, 0, 1), option(2 - i, i - 1, 0))) for i in (1, 2))],
+    ),
+    limit=2,
+    budget=0,
+)
 def test_dropped_labels_give_a_worse_plan_and_a_true_bound(program, limit, budget):
     cuts, edges = program
     found = Frontier(cuts, edges, limit=limit)

@@ -213,7 +213,7 @@ def _extended(n: int, arrays: Any, after: _Labels, repeated: bool) -> tuple[np.n
     """The labels at an edge's stop, extended by each of its options."""
     kept, working, ticks, host = (a[:, None] for a in arrays)
     needs = kept + np.maximum(after.needs[None], working)
-    peaks = kept + after.peaks[None] if repeated else needs
+    peaks = kept + (after.peaks[None] if repeated else np.maximum(after.peaks[None], working))
     total = ticks + after.ticks[None]
     option, before = np.indices(peaks.shape)
     hosts = host + after.hosts[None]
