@@ -45,14 +45,14 @@ def recurrence(reverse=False, steps=6):
     return fn, (ws, jax.random.normal(keys[2], (8,)), jax.random.normal(keys[3], (4, 8)), scales)
 
 
-def every_way(fn, *args, argnums=(0,), most=4):
-    """A plan for some of the ways in which the scan of a program can take several steps, and each one's group."""
+def every_way(fn, *args, argnums=(0,), most=4, least=2):
+    """A plan for some of the ways in which the scan of a program can take ``least`` steps or more, and each one's group."""
     loss = Loss(fn, args)
     model = model_of(loss.flat, loss.differentiated(argnums), FLOPS, solves=4)
     subject, end = Subject.of(loss.flat), len(loss.flat.eqns)
     for (at, group), body in model.bodies.items():
         count = len(body.frontier.peaks)
-        for n in sorted({k * (count - 1) // most for k in range(most)}) if group > 1 else ():
+        for n in sorted({k * (count - 1) // most for k in range(most)}) if group >= least else ():
             scan = Segment(
                 start=at, stop=at + 1, boundary=False, inside=body.segments(body.frontier.path(n)), group=group
             )
@@ -120,13 +120,17 @@ def test_dropout_and_statistics_are_those_of_the_plain_model():
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_over_a_mesh(kind):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(getattr(jax.sharding.AxisType, kind),))
-    fn, (ws, x) = layers()
+    _, (ws, x) = layers()
+
+    def fn(ws, x):
+        return jnp.sum(jax.lax.scan(lambda y, w: (y + jnp.sin(y @ w), None), x, ws)[0])
+
     with jax.set_mesh(mesh):
         place = lambda a, *spec: jax.device_put(a, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
         args = place(ws), place(x, "x", None)
         plain = jax.jit(jax.grad(fn))(*args)
-        found = list(every_way(fn, *args))
-        assert {group for _, group in found} == {2, 4}
+        found = list(every_way(fn, *args, least=1))
+        assert {group for _, group in found} == {1, 2, 4}
         for plan, _ in found:
             ours = jax.jit(jax.grad(plan.apply(fn)))(*args)
             assert_close(plain, ours, 1e-5)

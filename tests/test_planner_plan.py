@@ -249,13 +249,17 @@ def test_the_search_nears_a_place_from_which_on_predictions_are_off():
 
 
 def test_plans_that_are_the_same_step_count_once():
+    same = lambda at: min(at, 500)  # from there on all are one step, which is just too large
+    found = loop.search(1000, 510, same, lambda at: 512 if at >= 500 else at, key=same)
+    assert len({same(t.at) for t in found.trials}) <= loop.COMPILES - 1
+    assert found.best.at == 499  # 498 if they were counted one by one
+
+
+def test_only_plans_that_are_faster_are_compiled():
     asked = []
-    true = lambda at: asked.append(at // 50) or 100 * (at // 50) + 30
-    found = loop.search(500, 470, lambda at: at, true, key=lambda at: at // 50)
-    assert len(set(asked)) <= loop.COMPILES - 1
-    assert found.best.compiled == 430
-    above = loop.search(500, 470, lambda at: at, true, key=lambda at: at // 50, above=249)
-    assert above.best is None  # what fits is no faster than what is there
+    found = loop.search(100, 50, lambda at: at, lambda at: asked.append(at) or at, above=50)
+    assert (found.best, asked) == (None, [])
+    assert loop.search(100, 50, lambda at: at, lambda at: at, above=48).best.at == 50
 
 
 def fixed_policies(monkeypatch, found, budget, best=None, compiles=9, learned=None):
