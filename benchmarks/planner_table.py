@@ -153,6 +153,7 @@ def main():
             found.append(table(name, target, args.budgets, args.objective))
             show(found[-1], target)
             if args.out:
+                args.out.mkdir(parents=True, exist_ok=True)
                 (args.out / f"planner_{target}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -233,7 +233,7 @@ def test_where_one_choice_for_all_is_coarse_several_steps_recompute_less():
     needs("h200")
     fn, args = gpt()
     planner = Planner(fn, args, target="h200", objective="flops")
-    simple = planner.simple.frontier
+    simple = planner.models[0].frontier
     # the widest gap of time between neighbours, and a budget in the middle of it
     at = max(range(len(simple.peaks) - 1), key=lambda i: simple.ticks[i] - simple.ticks[i + 1])
     budget = (simple.peaks[at] + simple.peaks[at + 1]) // 2

@@ -381,7 +381,7 @@ def test_to_be_allowed_a_host_is_no_loss(monkeypatch, copies):
     monkeypatch.setitem(planner.__dict__, "offset", 0)
     before = types.SimpleNamespace(device_bytes=2**40, host_bytes=0, flops=0, target="h200")
     monkeypatch.setitem(planner.__dict__, "before", before)
-    frontier, alone = planner.model.frontier, planner.simple.frontier
+    frontier, alone = planner.model.frontier, planner.models[0].frontier
     paths = [frontier.path(at) for at in range(len(frontier.peaks))]
     least = min(planner.predicted(alone.path(at)) for at in range(len(alone.peaks)))
     budget = next(n for p in paths if p.host and (n := planner.predicted(p)) >= least)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -136,6 +136,11 @@ def loops_that_take(jaxpr: Any, waiting: Container[Any]) -> dict[int, Loop]:
         if loop and any(v in waiting and uses[v] == 1 for _, v in loop.taken() if not isinstance(v, jex.Literal)):
             found[i] = loop
     return found
+
+
+def loop_alone(jaxpr: Any, loops: Mapping[int, Loop]) -> Loop | None:
+    """The one of ``loops`` that a stage's program is; None if it is none of them."""
+    return next((loop for loop in loops.values() if len(jaxpr.eqns) == 1 and jaxpr.eqns[0] is loop.eqn), None)
 
 
 def cuts_around(loops: Container[int], n: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Names by which a program says, through differentiation, where its stages end and what of it waits on the host.
 
-What leaves bears the name that a policy's residual rules give it; what a stage hands on bears :data:`END`.
+What leaves bears the name that a policy's residual rules give it, also inside the steps of a scan; what a stage hands on
+bears :data:`END`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 from jax.extend import core as jex
 
+from nexus_jax.flat import flatten
+from nexus_jax.offloading.loops import loop_of
 from nexus_jax.policy.places import OFFLOAD
 
 END = "nexus_jax.end"
@@ -51,6 +54,7 @@ def read(jaxpr: Any, atoms: Sequence[Any]) -> Marked:
         source = now(eqn.invars[0]) if eqn.invars else None
         again = eqn.primitive.name == "reduce_precision" and not isinstance(source, jex.Literal) and source in leaving
         if name not in (OFFLOAD, END) and not again:
+            leaving.update(_stacks(eqn))
             eqns.append(eqn.replace(invars=[now(v) for v in eqn.invars]))
             continue
         same[eqn.outvars[0]] = source
@@ -62,3 +66,21 @@ def read(jaxpr: Any, atoms: Sequence[Any]) -> Marked:
     return Marked(
         jaxpr=found, atoms=[now(v) for v in atoms], cuts=[i for i in cuts if 0 < i < len(eqns)], leaving=leaving
     )
+
+
+def _stacks(eqn: Any) -> list[Any]:
+    """Of what the steps of a scan stack, what waits on the host. Names in it are left as they are."""
+    loop = loop_of(eqn)
+    if loop is None:
+        return []
+    body = flatten(loop.body).jaxpr
+    maker = {v: e for e in body.eqns for v in e.outvars}
+
+    def leaves(v: Any) -> bool:
+        while not isinstance(v, jex.Literal) and v in maker and maker[v].primitive.name in ("name", "reduce_precision"):
+            if maker[v].params.get("name") == OFFLOAD:
+                return True
+            [v] = maker[v].invars
+        return False
+
+    return [v for v, made in zip(loop.stacked(), body.outvars[loop.carried :], strict=True) if leaves(made)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from nexus_jax.flat import filling, flatten, is_floating, live
 from nexus_jax.offloading import marks, scans
 from nexus_jax.offloading.hazards import check_loops
 from nexus_jax.offloading.keep import Kept, keep, latest
-from nexus_jax.offloading.loops import cuts_around, loops_that_keep, loops_that_take
+from nexus_jax.offloading.loops import cuts_around, loop_alone, loops_that_keep, loops_that_take
 from nexus_jax.offloading.stages import Stage, layer_cuts, stages, use_cuts, variables
 from nexus_jax.offloading.window import Windows, largest
 from nexus_jax.policy.rules import nbytes
@@ -49,6 +50,7 @@ class WayBack:
         moved: which of the kept values wait on the host.
         outs: the types of the results.
         ahead: how many layers before its own a value comes back.
+        tied: whether what is no scan is tied to the copies beside it, though there are scans.
     """
 
     treedef: Any
@@ -57,6 +59,7 @@ class WayBack:
     moved: list[bool]
     outs: list[Any]
     ahead: int
+    tied: bool
 
     def plainly(self, kept: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
         """The gradients by all arrays that the forward program is differentiated by, with everything on the device.
@@ -127,7 +130,8 @@ class Forward:
         self.outs = outs
         self.jaxpr = live(jaxpr.replace(outvars=[*outs, *self.kept.variables]))
         runs = {id(eqn) for eqn in self.jaxpr.eqns}  # what is only made again is not made here
-        self.stages = stages(self.jaxpr, [sum(id(eqn) in runs for eqn in jaxpr.eqns[:cut]) for cut in cuts])
+        begins = [sum(id(eqn) in runs for eqn in jaxpr.eqns[:cut]) for cut in cuts]
+        self.stages = stages(self.jaxpr, begins)
         self.groups = self._groups({v for v in self.kept.variables if v not in own})
         if told is not None:
             self.moved = {v for group in self.groups for v in group} & told.leaving
@@ -135,9 +139,13 @@ class Forward:
             leaving = self.groups[: _leaving(len(self.stages), ahead)]
             self.moved = {v for group in leaving for v in group if wanted(v.aval)}
         self.loops = loops_that_keep(self.jaxpr, self.moved)
+        stacks = {v for loop in self.loops.values() for v in loop.stacked()}
+        self.tied = not self.loops or (told is not None and not self.moved <= stacks)
         if self.loops or not self.moved:
-            self.stages = stages(self.jaxpr, cuts_around(self.loops, len(jaxpr.eqns)))
-        if max((loop.steps for loop in self.loops.values()), default=0) >= FEW:
+            own_cuts = begins if self.tied and self.moved else []
+            around = cuts_around(self.loops, len(self.jaxpr.eqns))
+            self.stages = stages(self.jaxpr, sorted({*own_cuts, *around}))
+        if told is None and max((loop.steps for loop in self.loops.values()), default=0) >= FEW:
             last = max(self.loops)  # what it carries out, and what comes after it, is the head's
             made = {v for eqn in self.jaxpr.eqns[last:] for v in eqn.outvars}
             self.moved -= made - set(self.loops[last].stacked())
@@ -173,6 +181,7 @@ class Forward:
             moved=[v in self.moved for v in self.kept.variables],
             outs=[v.aval for v in self.outs],
             ahead=self.ahead,
+            tied=self.tied,
         )
 
     def _groups(self, values: set[Any]) -> list[list[Any]]:
@@ -191,7 +200,7 @@ class Forward:
     def __call__(self, args: Sequence[Any], to_host: Callable[[Any], Any]) -> list[Any]:
         """The program's results, and then what is kept and no argument; takes ``consts`` and the program's arguments."""
         env = dict(zip(self.jaxpr.invars, args, strict=True))
-        host = self._run_loops(env, to_host) if self.loops else self._run_layers(env, to_host)
+        host = self._run(env, to_host)
         host.update((v, to_host(env[v])) for v in self.kept.variables if v in self.moved and v not in host)
         return [_read(env, v) for v in self.outs] + [host[v] if v in self.moved else env[v] for v in self._made()]
 
@@ -214,37 +223,38 @@ class Forward:
         given = set(self.jaxpr.invars)
         return [v for v in self.kept.variables if v in self.moved or v not in given]
 
-    def _run_loops(self, env: dict[Any, Any], to_host: Callable[[Any], Any]) -> dict[Any, Any]:
-        """Scans whose steps send what they keep away; returns what is on the host."""
-        check_loops()
-        loops = {loop.eqn.outvars[0]: loop for loop in self.loops.values()}
-        used = {v for eqn in self.jaxpr.eqns for v in eqn.invars if not isinstance(v, jex.Literal)}
+    def _run(self, env: dict[Any, Any], to_host: Callable[[Any], Any]) -> dict[Any, Any]:
+        """Stages, each beside what the one before it made, and scans whose steps send what they keep away.
+
+        Returns:
+            What is on the host.
+        """
+        if self.loops:
+            check_loops()
+        loops = [loop_alone(stage.program, self.loops) for stage in self.stages]
+        used = {v for eqn in self.jaxpr.eqns for v in variables(eqn.invars)}
+        leaving = [v for v in self.kept.variables if v in self.moved and v in env] if self.tied else []
         host: dict[Any, Any] = {}
-        for stage in self.stages:
-            loop = loops.get(stage.program.eqns[0].outvars[0]) if len(stage.program.eqns) == 1 else None
-            if loop is None:
+        for i, (stage, loop) in enumerate(zip(self.stages, loops, strict=True)):
+            if loop is not None:
+                host.update((v, to_host(env[v])) for v in leaving)
+                away = {v for v in loop.stacked() if v in self.moved and v not in used}
+                values = [_read(env, v) for v in loop.eqn.invars]
+                made = dict(zip(loop.eqn.outvars, loop(values, leaving=away, to_host=to_host), strict=True))
+                env.update(made)
+                host.update((v, made[v]) for v in away)
+                leaving = []
+                continue
+            last = i == len(self.stages) - 1
+            if last or not self.tied:
                 _run_plainly(stage, env)
                 continue
-            leaving = {v for v in loop.stacked() if v in self.moved and v not in used}
-            values = [_read(env, v) for v in loop.eqn.invars]
-            made = dict(zip(loop.eqn.outvars, loop(values, leaving=leaving, to_host=to_host), strict=True))
-            env.update(made)
-            host.update((v, made[v]) for v in leaving)
-        return host
-
-    def _run_layers(self, env: dict[Any, Any], to_host: Callable[[Any], Any]) -> dict[Any, Any]:
-        """Stages, each beside what the one before it made; returns what is on the host."""
-        leaving = [v for v in self.kept.variables if v in self.moved and v in env]
-        host: dict[Any, Any] = {}
-        *layers, head = self.stages
-        for i, stage in enumerate(layers):
             made = [v for v in stage.outs if v in self.moved]
             # The last layer's own leave with it: where the head is largest, no room is lost to what waits to leave. So do
-            # those of all layers where nothing is to be hidden at the cost of memory.
-            last = made if i == len(layers) - 1 or self.ahead == 0 else []
-            host.update(_run(stage, env, leaving, to_host, late=last))
-            leaving = [] if last else made
-        _run_plainly(head, env)
+            # those before a scan, and those of all layers where nothing is to be hidden at the cost of memory.
+            late = made if i == len(self.stages) - 2 or loops[i + 1] is not None or self.ahead == 0 else []
+            host.update(_run(stage, env, leaving, to_host, late=late))
+            leaving = [] if late else made
         return host
 
 
@@ -275,7 +285,7 @@ def backward(
     jaxpr = latest(scans.fused(flat.jaxpr), flat.jaxpr.invars[n:])
     groups = [[jaxpr.invars[i + len(flat.consts)] for i in group] for group in way.groups]
     waiting = {v for v, m in zip(jaxpr.invars[len(flat.consts) :], way.moved, strict=False) if m}
-    return Backward(jaxpr, groups, waiting, way.ahead)([*flat.consts, *kept, *cotangents], to_device)
+    return Backward(jaxpr, groups, waiting, way.ahead, way.tied)([*flat.consts, *kept, *cotangents], to_device)
 
 
 class Backward:
@@ -286,13 +296,15 @@ class Backward:
         groups: for each stage of the forward program, first stage first, which inputs its own backward begins with.
         waiting: the inputs that wait on the host.
         ahead: how many stages before its own a copy back runs; with 0 at the beginning of its own.
+        tied: whether what is no scan is tied to the copies beside it, though there are scans.
     """
 
-    def __init__(self, jaxpr: Any, groups: Sequence[Sequence[Any]], waiting: set[Any], ahead: int):
+    def __init__(self, jaxpr: Any, groups: Sequence[Sequence[Any]], waiting: set[Any], ahead: int, tied: bool):
         self.jaxpr, self.ahead, self.waiting = jaxpr, ahead, waiting
         self.loops = loops_that_take(jaxpr, waiting)
+        self.tied = bool(waiting) and (tied or not self.loops)
         around = cuts_around(self.loops, len(jaxpr.eqns))
-        self.stages = stages(jaxpr, around if self.loops or not waiting else use_cuts(jaxpr, groups))
+        self.stages = stages(jaxpr, sorted({*around, *(use_cuts(jaxpr, groups) if self.tied else ())}))
         seen: set[Any] = set()
         self.needs: list[list[Any]] = []
         for stage in self.stages:
@@ -302,52 +314,40 @@ class Backward:
     def __call__(self, args: Sequence[Any], to_device: Callable[[Any], Any]) -> list[Any]:
         jaxpr = self.jaxpr
         env = dict(zip(jaxpr.invars, args, strict=True))
-        if self.loops:
-            self._run_loops(env, to_device)
-        else:
-            self._run_layers(env, to_device)
+        self._run(env, to_device)
         for v in self.waiting & set(variables(jaxpr.outvars)):  # returned as it is
             env[v] = to_device(env[v]) if _on_host(env[v]) else env[v]
         return [_read(env, v) for v in jaxpr.outvars]
 
-    def _run_loops(self, env: dict[Any, Any], to_device: Callable[[Any], Any]) -> None:
-        """Scans whose steps fetch what they need; what waits for other equations comes back before these."""
-        loops = {loop.eqn.outvars[0]: loop for loop in self.loops.values()}
-        uses: dict[Any, int] = {}
-        for stage in self.stages:
-            for v in stage.ins:
-                uses[v] = uses.get(v, 0) + 1
-        away = set(self.waiting)
-        for stage in self.stages:
-            loop = loops.get(stage.program.eqns[0].outvars[0]) if len(stage.program.eqns) == 1 else None
-            taken = [] if loop is None else [v for _, v in loop.taken()]
-            coming = {v for v in variables(taken) if v in away and uses[v] == 1 and taken.count(v) == 1}
-            fetched = [v for v in stage.ins if v in away and v not in coming]
-            env.update((v, to_device(env[v])) for v in fetched)
-            away -= set(fetched)
-            if loop is None:
-                _run_plainly(stage, env)
-                continue
-            values = [_read(env, v) for v in loop.eqn.invars]
-            env.update(zip(loop.eqn.outvars, loop(values, coming=coming, to_device=to_device), strict=True))
-
-    def _run_layers(self, env: dict[Any, Any], to_device: Callable[[Any], Any]) -> None:
-        """Stages, each beside the copies that come back for the stages after it."""
-        start, done = 0, []
-        if len(self.stages) > 1:
-            # What follows the last layer is left open: its cotangents are the largest values of many models, and are
-            # never made if they are fused with their use. But it must end before the last layer begins, or a
-            # compiler keeps them to the end of the step for the gradients that nobody waits for.
-            head = self.stages[0]
-            env.update((v, to_device(env[v])) for v in self.needs[0])
-            _run_plainly(head, env)
-            start, done = 1, [v for v in head.outs if v not in self.stages[1].ins]
-        fetched = start
-        for i, stage in enumerate(self.stages[start:], start):
-            coming = [v for need in self.needs[max(fetched, i + 1) : i + self.ahead + 1] for v in need]
+    def _run(self, env: dict[Any, Any], to_device: Callable[[Any], Any]) -> None:
+        """Stages, each beside the copies that come back for the ones after it, and scans whose steps fetch what they need."""
+        loops = [loop_alone(stage.program, self.loops) for stage in self.stages]
+        uses = Counter(v for stage in self.stages for v in stage.ins)
+        done: list[Any] = []  # to be made before the next stage begins
+        fetched = 0  # up to which stage everything is there
+        for i, (stage, loop) in enumerate(zip(self.stages, loops, strict=True)):
             own = self.needs[i] if fetched <= i else []
-            fetched = max(fetched, i + self.ahead + 1)
-            env.update(_run(stage, env, coming, to_device, early=own, through=done if i == start else []))
+            fetched = max(fetched, i + 1)
+            if loop is not None:
+                taken = Counter(v for _, v in loop.taken() if not isinstance(v, jex.Literal))
+                coming = {v for v in own if taken[v] == uses[v] == 1}
+                env.update((v, to_device(env[v])) for v in own if v not in coming)
+                values = [_read(env, v) for v in loop.eqn.invars]
+                env.update(zip(loop.eqn.outvars, loop(values, coming=coming, to_device=to_device), strict=True))
+            elif not self.tied or (i == 0 and len(self.stages) > 1):
+                # What follows the last layer is left open: its cotangents are the largest values of many models, and are
+                # never made if they are fused with their use. But it must end before the last layer begins, or a
+                # compiler keeps them to the end of the step for the gradients that nobody waits for.
+                env.update((v, to_device(env[v])) for v in own)
+                _run_plainly(stage, env)
+                done = [v for v in stage.outs if v not in self.stages[1].ins] if self.tied else []
+            else:
+                until = next((k for k in range(fetched, len(loops)) if loops[k] is not None), len(loops))
+                until = max(fetched, min(i + self.ahead + 1, until))
+                coming = [v for need in self.needs[fetched:until] for v in need]
+                fetched = until
+                env.update(_run(stage, env, coming, to_device, early=own, through=done))
+                done = []
 
 
 def _run(

@@ -87,7 +87,7 @@ def _pop(data: dict[str, Any], key: str) -> list[dict[str, Any]]:
 
 def _numbers(segment: dict[str, Any]) -> dict[str, Any]:
     found = dict(segment)
-    for key in ("save", "offload"):
+    for key in ("save", "offload", "carry"):
         values = found.get(key, [])
         if not isinstance(values, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
             raise ValueError(f"{key} = {values!r}: write a list of value numbers.")

@@ -7,7 +7,7 @@ when it runs things; :mod:`nexus_jax.peak` predicts most of that without a compi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 
 COMPILES = 6  # at most, the step without a plan among them
 NEAR = 0.98  # of the budget: nearer is not looked for
@@ -40,6 +40,7 @@ def search(
     compiles: int = COMPILES - 1,
     above: int = -1,
     key: Callable[[int], Hashable] = lambda at: at,
+    as_fast: Callable[[int], int] = lambda at: at,
 ) -> Found:
     """The fastest of ``count`` plans, least memory first, whose compiled step is within the budget.
 
@@ -51,6 +52,7 @@ def search(
         compiles: of how many different plans ``compiled`` may be asked.
         above: only plans after this one are worth a compile: something that fits is as fast as it.
         key: equal for plans that are the same step.
+        as_fast: the last plan that is hardly faster than a given one: no compile is spent on it once that one fits.
 
     Returns:
         Plan 0 has been compiled where nothing else fits, unless there is something ``above``.
@@ -73,7 +75,7 @@ def search(
             at = 0
         trials[at] = Trial(at, predict(at), compiled(at))
         if trials[at].compiled <= budget:
-            low = at
+            low = as_fast(at)
             if trials[at].compiled >= NEAR * budget:
                 break
         else:
@@ -94,10 +96,24 @@ def _offset(trials: Mapping[int, Trial], at: int, unknown: int) -> float:
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest number from ``low`` to ``high`` that fits, if smaller ones do too; None if not even ``low`` does."""
-    if low > high or not fits(low):
+    """The largest number from ``low`` to ``high`` that fits, if smaller ones do too.
+
+    Where ``low`` does not, though more is only predicted to take more, those a power of two beyond it are asked; None if
+    none of them fits.
+    """
+    found = next((at for at in _beyond(low, high) if fits(at)), None)
+    if found is None:
         return None
+    low = found
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def _beyond(low: int, high: int) -> Iterator[int]:
+    """``low``, and what is 1, 2, 4, ... beyond it, up to ``high``."""
+    step = 0
+    while low + step <= high:
+        yield low + step
+        step = 2 * step or 1

@@ -25,7 +25,8 @@ from nexus_jax.program import step_of
 from nexus_jax.targets.compiler import Target, find_target
 
 _DOUBT = 0.1  # a fixed policy is predicted to take so much more than it does, at most
-_FAR = 1.5  # the same, of the planner's own model, which is coarser and asked first: it knows no on-chip memory
+_HARDLY = 1e-3  # less of the extra cost is not worth a compile
+_FAR = 2  # the same, of the planner's own model, which is coarser and asked first: it knows no on-chip memory
 
 
 def plan(
@@ -161,10 +162,14 @@ class Planner:
         return self._model(self.host, groups=True)
 
     @functools.cached_property
-    def simple(self) -> Model:
-        """The same, if nothing is offloaded and every scan takes one step at a time: compilers are known best there."""
-        grouped = any(group > 1 for _, group in self.model.bodies)
-        return self._model(0, groups=False) if self.host or grouped else self.model
+    def models(self) -> list[Model]:
+        """The same, with what compilers are known best for first: every scan one step at a time, and nothing offloaded."""
+        found = [self.model]
+        if self.host:
+            found.insert(0, self._model(0, groups=True))
+        if any(group > 1 for _, group in self.model.bodies):
+            found.insert(0, self._model(0, groups=False))
+        return found
 
     def _model(self, host: int, groups: bool) -> Model:
         price = Prices(self.target, self.objective, host)
@@ -209,15 +214,17 @@ class Planner:
 
     def _search(self, budget: int, compiles: int) -> None:
         """Compile paths to find the fastest that fits, until so many have been tried for this budget."""
-        if self.simple is self.model:
-            self._along(self.model.frontier, budget, compiles)
+        if self._tried:
+            self._along(self.model.frontier, budget, compiles - len(self._tried), self._best(budget))
             return
-        if not self._tried:
-            self._along(self.simple.frontier, budget, compiles - compiles // 2)
-        # To be allowed more must not be a loss: only what is faster than the best of the simple ones is compiled besides.
-        self._along(self.model.frontier, budget, compiles - len(self._tried), self._best(budget))
+        for model in self.models:
+            left = compiles - len(self._tried)
+            # To be allowed more must not be a loss: only what is faster than the best so far is compiled besides.
+            best = self._best(budget) if self._tried else None
+            self._along(model.frontier, budget, left if model is self.model else left - left // 2, best)
 
     def _along(self, frontier: Frontier, budget: int, compiles: int, best: Path | None = None) -> None:
+        as_fast = lambda ticks: sum(t >= ticks * (1 - _HARDLY) for t in frontier.ticks) - 1
         loop.search(
             len(frontier.peaks),
             budget,
@@ -225,8 +232,9 @@ class Planner:
             lambda at: self.measured(frontier.path(at)).device_bytes,
             self.offset,
             compiles,
-            -1 if best is None else sum(ticks >= best.ticks for ticks in frontier.ticks) - 1,
+            -1 if best is None else as_fast(best.ticks),
             lambda at: self.model.segments(frontier.path(at)),
+            lambda at: as_fast(frontier.ticks[at]),
         )
 
     def _best(self, budget: int) -> Path | None:

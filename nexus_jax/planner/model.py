@@ -18,7 +18,7 @@ from nexus_jax.planner.needs import needs_of
 from nexus_jax.planner.options import Options, Way, Ways, of_choice, plain
 from nexus_jax.planner.prices import Prices
 from nexus_jax.planner.rewrite import Segment
-from nexus_jax.planner.scans import Body, bodies, flattened
+from nexus_jax.planner.scans import Body, bodies, flattened, of_path
 from nexus_jax.planner.scans import ways as scan_ways
 from nexus_jax.planner.solve import Stairs
 from nexus_jax.planner.spans import Span, Spans
@@ -39,6 +39,7 @@ class Model:
         spans: what each edge of the frontier is.
         bodies: of the scans that were opened, by the position of their equation and how many steps are taken at once.
         spans_of: makes them.
+        body: the step that the program is, of a scan. The frontier's peaks are then what steps keep, and nothing else.
     """
 
     flat: Flat
@@ -48,6 +49,7 @@ class Model:
     options: Options
     cuts: tuple[int, ...]
     bodies: dict[tuple[int, int], Model]
+    body: Body | None = None
 
     @functools.cached_property
     def plain(self) -> int:
@@ -65,14 +67,21 @@ class Model:
 
     def unmoved(self, path: Path) -> Path:
         """The path, with what it offloads kept on the device."""
-        steps = []
-        for edge, option in path.steps:
-            if option.host:
-                choice = Choice(saved=option.what.choice.kept)
-                option = of_choice(self.span(edge.start, edge.stop).shape, choice)
-            steps.append((edge, option))
-        peak, ticks = price_of([option for _, option in steps])
-        return Path(peak, ticks, tuple(steps)) if path.host else path
+        if not path.host:
+            return path
+        steps = [(edge, self._stays(self.span(edge.start, edge.stop), option)) for edge, option in path.steps]
+        options = [option for _, option in steps]
+        peak, ticks = price_of(options)
+        return Path(peak if self.body is None else sum(o.kept for o in options), ticks, tuple(steps))
+
+    def _stays(self, span: Span, option: Option) -> Option:
+        way = option.what
+        if not option.host:
+            return option
+        if way.inside is None:
+            return of_choice(span.shape, Choice(saved=way.choice.kept))
+        inner = self.bodies[span.start, way.group]
+        return of_path(span.shape, inner, inner.unmoved(way.inside), self.spans_of.unit)
 
     def segments(self, path: Path) -> tuple[Segment, ...]:
         """A path as what to rewrite. Neighbours that run as they are become one."""
@@ -89,7 +98,8 @@ class Model:
         way = option.what
         if way.choice is None:
             inside = () if way.inside is None else self.bodies[span.start, way.group].segments(way.inside)
-            return Segment(start=span.start, stop=span.stop, boundary=False, inside=inside, group=way.group)
+            scan = {"inside": inside, "group": way.group, "carry": way.carry}
+            return Segment(start=span.start, stop=span.stop, boundary=False, **scan)
         eqns = self.flat.eqns[span.start : span.stop]
         at = {self.flat.number[v]: n for n, v in enumerate(v for eqn in eqns for v in eqn.outvars)}
         place = lambda values: tuple(sorted(at[span.values[v]] for v in values))
@@ -128,17 +138,14 @@ def model_of(
     return _model(spans, deadline, solves, inside)
 
 
-def _of_bodies(several: Sequence[Body], price: Prices, deadline: float, solves: int | None) -> list[tuple[Body, Model]]:
-    """What a scan does at each step and at several at once, with a model each: its frontier is that of all bytes kept and
-    time. Equal stretches of all of them are solved once.
-    """
-    price = dataclasses.replace(price, host=0)  # what leaves inside a scan is not planned
+def _of_bodies(several: Sequence[Body], price: Prices, deadline: float, solves: int | None) -> list[Model]:
+    """Models of what a scan does at each step and at several at once. Equal stretches of all of them are solved once."""
     stairs: dict[Graph, Stairs] = {}
-    found: list[tuple[Body, Model]] = []
+    found: list[Model] = []
     for body in several:
-        unit = found[0][1].spans_of.unit if found else None
-        spans = Spans(body.flat, needs_of(body.flat, body.differentiated, body.results), price, unit)
-        found.append((body, _model(spans, deadline, solves, stairs=stairs)))
+        unit = found[0].spans_of.unit if found else None
+        spans = Spans(body.flat, needs_of(body.flat, body.differentiated, body.results), price, unit, looped=True)
+        found.append(_model(spans, deadline, solves, stairs=stairs, body=body))
     return found
 
 
@@ -146,11 +153,12 @@ def _model(
     spans: Spans,
     deadline: float,
     solves: int | None,
-    scans: Mapping[int, Sequence[tuple[Body, Model]]] = MappingProxyType({}),
+    scans: Mapping[int, Sequence[Model]] = MappingProxyType({}),
     stairs: dict[Graph, Stairs] | None = None,
+    body: Body | None = None,
 ) -> Model:
-    """The model of a program, or of a loop's body; ``stairs`` is what bodies share."""
-    loop = stairs is not None
+    """The model of a program, or of a scan's body; ``stairs`` is what bodies share."""
+    loop = body is not None
     around = {p for i in scans for p in (i, i + 1)}
     places = sorted({*cuts(spans.flat, spans.sizes, spans.costs), *around})
     pairs = [(i, j) for i, j in _pairs(places) if j == i + 1 or not any(places[i] <= at < places[j] for at in scans)]
@@ -165,10 +173,10 @@ def _model(
             ways[i, j] = scan_ways(span.shape, plain(span.shape), scans[span.start], spans.unit)
     edges = [_edge(i, j, ways[i, j], loop) for i, j in pairs if ways[i, j].options]
     limit = max(256, min(_LABELS, 2**19 // len(places)))
-    frontier = Frontier(len(places), edges, limit=limit, host=host, repeated=loop)
+    frontier = Frontier(len(places), edges, limit=limit, host=host // body.steps if body else host, repeated=loop)
     kept = {(e.start, e.stop): found[e.start, e.stop] for e in edges}
-    inside = {(i, body.group): model for i, several in scans.items() for body, model in several}
-    return Model(spans.flat, frontier, kept, spans, options, tuple(places), inside)
+    inside = {(i, m.body.group): m for i, several in scans.items() for m in several if m.body}
+    return Model(spans.flat, frontier, kept, spans, options, tuple(places), inside, body)
 
 
 def _edge(start: int, stop: int, ways: Ways, loop: bool) -> Edge:

@@ -22,12 +22,14 @@ class Way:
         inside: how a step is run, where the stretch is a scan: a path of the model of its body.
         group: how many of its steps are run as one, so.
         away: whether what later stretches take from it waits on the host.
+        carry: which of what the scan carries waits there, by number.
     """
 
     choice: Choice | None
     inside: Path | None = None
     group: int = 1
     away: bool = False
+    carry: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Segment:
         save, offload: results of its equations, by number among them, that a boundary keeps.
         inside: how each step is run, of a segment that is one scan and no boundary.
         group: how many steps of that scan are run as one; ``inside`` is how.
+        carry: which of what that scan carries waits on the host from step to step, by number.
     """
 
     start: int
@@ -40,6 +41,7 @@ class Segment:
     offload: tuple[int, ...] = ()
     inside: tuple[Segment, ...] = ()
     group: int = 1
+    carry: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
@@ -52,9 +54,16 @@ class Segment:
             raise ValueError(
                 f"segment {self.start}: group = {self.group} is of steps of a scan; write 1 or more, and inside."
             )
+        if self.carry and not self.inside:
+            raise ValueError(f"segment {self.start}: carry = {list(self.carry)} is of a scan; it has segments inside.")
         both = sorted(set(self.save) & set(self.offload))
         if both:
             raise ValueError(f"segment {self.start}: value {both[0]} is both saved and offloaded.")
+
+    @property
+    def moves(self) -> bool:
+        """Whether something in it waits on the host."""
+        return bool(self.offload or self.carry) or any(s.moves for s in self.inside)
 
 
 def numbered(flat: Flat, segment: Segment) -> list[Any]:
@@ -74,7 +83,14 @@ def check(flat: Flat, segments: Sequence[Segment]) -> None:
             if not 0 <= n < len(values) or isinstance(values[n], jex.DropVar):
                 raise ValueError(f"segment {s.start} keeps value {n}, which is not there: it has {len(values)} values.")
         if s.inside:
-            check(groups.body_of(_loop(flat, s), s.group), s.inside)
+            loop = _loop(flat, s)
+            body = groups.body_of(loop, s.group)
+            check(body, s.inside)
+            for n in s.carry:
+                if not 0 <= n < loop.carried or not nameable(body.jaxpr.invars[loop.constants + n].aval):
+                    raise ValueError(
+                        f"segment {s.start}: carry {n} cannot wait on the host: it carries {loop.carried}."
+                    )
     if at != len(flat.eqns):
         raise ValueError(f"the segments end at equation {at}, and the program has {len(flat.eqns)}.")
 
@@ -86,7 +102,7 @@ def rewritten(flat: Flat, segments: Sequence[Segment]) -> Callable[..., list[Any
     beside the one after it (:mod:`nexus_jax.offloading.transfer`).
     """
     check(flat, segments)
-    if any(s.offload for s in segments):
+    if any(s.moves for s in segments):
         return _moving(flat, _run(flat, segments, marked=True))
     return _run(flat, segments)
 
@@ -187,14 +203,16 @@ def _scan(flat: Flat, segment: Segment, outs: list[Any]) -> tuple[Any, list[Any]
     loop = _loop(flat, segment)
     body = groups.body_of(loop, segment.group)
     stacks = body.jaxpr.invars[loop.constants + loop.carried :] if segment.group > 1 else None
-    run = _run(body, segment.inside, stacks=stacks)
+    run = _run(body, segment.inside, marked=segment.moves, stacks=stacks)
+    away = {loop.constants + n for n in segment.carry}
+    step = lambda *given: run(*(checkpoint_name(x, OFFLOAD) if i in away else x for i, x in enumerate(given)))
     eqn = loop.eqn
     ins = list(dict.fromkeys(variables(eqn.invars)))
 
     def wanted(*given: Any) -> list[Any]:
         env = dict(zip(ins, given, strict=True))
         values = [v.val if isinstance(v, jex.Literal) else env[v] for v in eqn.invars]
-        results = loop.run(run, values, segment.group)
+        results = loop.run(step, values, segment.group)
         return [x for v, x in zip(eqn.outvars, results, strict=True) if v in outs]
 
     jaxpr = flats.flatten(jax.make_jaxpr(wanted)(*flats.like(ins))).jaxpr

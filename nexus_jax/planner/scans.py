@@ -1,7 +1,8 @@
 """A scan over layers as a stretch of its own: what its body keeps, it keeps for every step.
 
 One choice holds for all steps, of one layer or of a few at once (:mod:`groups`), some of which may keep more than others.
-Each step's carry is kept anyway; what one step makes again is there once, and so is a copy of what it has kept.
+Each step's carry is kept anyway, on the device or on the host; what one step makes again is there once, and so is a copy
+of what it has kept. What leaves and comes back does so within its step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jax.extend import core as jex
 from nexus_jax.flat import Flat, is_floating
 from nexus_jax.offloading.loops import Loop, loop_of
 from nexus_jax.planner import groups
-from nexus_jax.planner.allocate import Option, price_of
+from nexus_jax.planner.allocate import Option, Path, price_of
 from nexus_jax.planner.options import Way, Ways, undominated
 from nexus_jax.planner.spans import Shape
 
@@ -98,44 +99,88 @@ def _body(loop: Loop, group: int, active: list[bool]) -> Body | None:
     return Body(loop, group, flat, ins, outs) if ins and outs else None
 
 
-def ways(shape: Shape, plain: Option, several: Sequence[tuple[Body, Any]], unit: int) -> Ways:
+def ways(shape: Shape, plain: Option, several: Sequence[Any], unit: int) -> Ways:
     """The options of a scan.
 
     Args:
         shape, plain: of the stretch that is the scan alone.
-        several: its body, of one step and of several at once, each with a model whose frontier is that of bytes kept and
-            time (``repeated``).
+        several: models of its body, of one step and of several at once.
         unit: of the ticks outside.
     """
     found, bounds = [plain], [plain]
-    for body, model in several:
-        options, limits = _ways(shape, body, model, unit)
-        found += options
-        bounds += limits
+    for model in several:
+        for carry in dict.fromkeys(((), _movable(model))):
+            found += _options(shape, model, unit, carry)
+            bounds += _bounds(shape, model, unit, carry)
     return Ways(undominated(found), undominated(bounds))
 
 
-def _ways(shape: Shape, body: Body, model: Any, unit: int) -> tuple[list[Option], list[Option]]:
-    steps, sizes, inner = body.steps, model.spans_of.sizes, model.spans_of.unit
-    carried = sum(sizes[i] for i in body.carry if i in body.differentiated)
-    outside = shape.crossing + steps * carried
-    frontier = model.frontier
-    summed = (body.group - 1) * sum(map(model.spans_of.price.sum_of, body.stacks))
-    count = len(frontier.peaks)
-    found: list[Option] = []
-    for at in _some(count, _MOST):
-        path = frontier.path(at)
-        if not any(option.what.choice is not None for _, option in path.steps):
-            continue
-        kept, ticks = outside + steps * path.peak, -(-steps * (path.ticks * inner + summed) // unit)
-        working = shape.transient + price_of([option for _, option in path.steps])[0]
-        found.append(Option(kept=kept, working=working, ticks=ticks, what=Way(None, inside=path, group=body.group)))
-    bounds = []
-    for below, above in itertools.pairwise(frontier.peaks[at] for at in _some(count, _BOUNDS)):
-        least = frontier.bound(above - 1)
-        bounds.append(_bound(outside + steps * below, steps * least * inner // unit))
-    bounds.append(_bound(outside + steps * frontier.peaks[-1], 0))
-    return found, bounds
+def of_path(shape: Shape, model: Any, path: Path, unit: int, carry: tuple[int, ...] = ()) -> Option:
+    """A scan whose steps run as a path of its body's model; ``carry`` is what of it waits on the host."""
+    body, spans = model.body, model.spans_of
+    away = _bytes_of(model, carry)
+    summed = (body.group - 1) * sum(map(spans.price.sum_of, body.stacks))
+    ticks = path.ticks + _late(model, away, path)
+    return Option(
+        kept=_outside(shape, model) + body.steps * (path.peak - away),
+        working=shape.transient + price_of([option for _, option in path.steps])[0] + away,
+        ticks=-(-body.steps * (ticks * spans.unit + summed) // unit),
+        what=Way(None, inside=path, group=body.group, carry=carry),
+        host=body.steps * (path.host + away),
+    )
+
+
+def _options(shape: Shape, model: Any, unit: int, carry: tuple[int, ...]) -> list[Option]:
+    paths = [model.frontier.path(at) for at in _some(len(model.frontier.peaks), _MOST)]
+    chosen = lambda path: carry or any(option.what.choice is not None for _, option in path.steps)
+    found = [of_path(shape, model, path, unit, carry) for path in paths if chosen(path)]
+    return [option for option in found if option.host <= model.spans_of.price.host]
+
+
+def _bounds(shape: Shape, model: Any, unit: int, carry: tuple[int, ...]) -> list[Option]:
+    steps, frontier, away = model.body.steps, model.frontier, _bytes_of(model, carry)
+    outside, late = _outside(shape, model) - steps * away, _late(model, away)
+    found = []
+    for below, above in itertools.pairwise(frontier.peaks[at] for at in _some(len(frontier.peaks), _BOUNDS)):
+        least = frontier.bound(above - 1) + late
+        found.append(_bound(outside + steps * below, steps * least * model.spans_of.unit // unit))
+    return [*found, _bound(outside + steps * frontier.peaks[-1], steps * late * model.spans_of.unit // unit)]
+
+
+def _outside(shape: Shape, model: Any) -> int:
+    """Bytes that a scan keeps whatever its steps do: its results, and the carry of each step."""
+    sizes, body = model.spans_of.sizes, model.body
+    return shape.crossing + body.steps * sum(sizes[i] for i in body.carry if i in body.differentiated)
+
+
+def _movable(model: Any) -> tuple[int, ...]:
+    """Which of what the steps carry can wait on the host."""
+    body, price = model.body, model.spans_of.price
+    inputs = body.flat.jaxpr.invars
+    return tuple(
+        i - body.carry.start for i in body.carry if i in body.differentiated and price.is_movable(inputs[i].aval)
+    )
+
+
+def _bytes_of(model: Any, carry: tuple[int, ...]) -> int:
+    return sum(model.spans_of.sizes[model.body.carry.start + n] for n in carry)
+
+
+def _late(model: Any, away: int, path: Path | None = None) -> int:
+    """Ticks that a step loses to its carry's way to the host and back, beside what else moves; at least, without a path.
+
+    It leaves as the step begins. It comes back beside the backward pass of all but the first stretch, which needs it.
+    """
+    spans = model.spans_of
+    whole = spans.price.link(sum(spans.picoseconds), spans.unit) if away else None
+    if whole is None:
+        return 0
+    if path is None:
+        return whole.ticks(away)
+    edge = path.steps[0][0]
+    after = spans.price.link(sum(spans.picoseconds[model.span(edge.start, edge.stop).stop :]), spans.unit)
+    link = dataclasses.replace(whole, hidden_back=after.hidden_back, already=path.host)
+    return link.ticks(away) - link.ticks(0)
 
 
 def _some(count: int, most: int) -> list[int]:

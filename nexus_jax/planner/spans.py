@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from jax.extend import core as jex
 
 from nexus_jax.flat import Flat, is_floating
+from nexus_jax.offloading.loops import loop_of
 from nexus_jax.offloading.stages import variables
 from nexus_jax.planner import prices
 from nexus_jax.planner.graph import Graph, Op
@@ -60,10 +61,11 @@ class Spans:
 
     Args:
         unit: of a tick; None is by what the whole program costs.
+        looped: whether the program is a step of a scan. Nothing is copied beside another step.
     """
 
-    def __init__(self, flat: Flat, needs: Needs, price: Prices, unit: int | None = None):
-        self.flat, self.needs, self.price = flat, needs, price
+    def __init__(self, flat: Flat, needs: Needs, price: Prices, unit: int | None = None, looped: bool = False):
+        self.flat, self.needs, self.price, self.looped = flat, needs, price, looped
         self.inputs = len(flat.jaxpr.invars)
         self.sizes = [price.bytes_of(aval) for aval in needs.avals]
         self.costs = [price.cost_of(eqn) for eqn in flat.eqns]
@@ -72,10 +74,17 @@ class Spans:
         self.steps = [needs.steps[i] for i in order]
         self.homes = [step.home for step in self.steps]
         self.used: dict[int, int] = {}  # the last equation that takes a value
+        self.kept: dict[
+            int, int
+        ] = {}  # the last one that takes it and may keep it: what a scan starts from is in a stack
         for i, eqn in enumerate(flat.eqns):
-            for v in eqn.invars:
+            loop = loop_of(eqn)
+            begins = range(0) if loop is None else range(loop.constants, loop.constants + loop.carried)
+            for n, v in enumerate(eqn.invars):
                 if not isinstance(v, jex.Literal):
                     self.used[flat.number[v]] = i
+                    if n not in begins:
+                        self.kept[flat.number[v]] = i
         self.outputs = {flat.number[v] for v in flat.jaxpr.outvars if not isinstance(v, jex.Literal)}
         self.picoseconds = [price.picoseconds_of(eqn) if price.host else 0 for eqn in flat.eqns]
         self.step_costs = [price.cost_of(s.eqn) // self.unit if s.forward else 0 for s in self.steps]
@@ -103,7 +112,7 @@ class Spans:
             free=free,
             keepable=keepable - free,
             movable=frozenset(v for v in keepable - free if self._is_movable(values[v])),
-            link=self.price.link(sum(self.picoseconds[start:stop]), self.unit),
+            link=self.price.link(self._beside(start, stop), self.unit),
         )
         shape = Shape(
             graph=graph,
@@ -123,14 +132,20 @@ class Spans:
         )
         return Span(start, stop, shape, values)
 
+    def _beside(self, start: int, stop: int) -> int:
+        """Picoseconds of computing that what a stretch sends away leaves beside: its neighbour's, if that is like it."""
+        own = sum(self.picoseconds[start:stop])
+        return min(own, sum(self.picoseconds[stop:])) if self.looped else own
+
     def leaving(self, start: int, stop: int) -> set[int]:
         """What later stretches take from this one, and can wait on the host meanwhile."""
-        return {v for v in self._made(start, stop) if self.used.get(v, -1) >= stop and self._is_movable(v)}
+        return {v for v in self._made(start, stop) if self.kept.get(v, -1) >= stop and self._is_movable(v)}
 
     def _entering(self, start: int, stop: int) -> set[int]:
         """What this stretch takes from earlier ones, and they may have sent to the host."""
         taken = {self.flat.number[v] for eqn in self.flat.eqns[start:stop] for v in variables(eqn.invars)}
-        return {v for v in taken - self._made(start, stop) if v >= self.inputs and self._is_movable(v)}
+        made = self._made(start, stop)
+        return {v for v in taken - made if v >= self.inputs and self.kept.get(v, -1) >= start and self._is_movable(v)}
 
     def _made(self, start: int, stop: int) -> set[int]:
         return {self.flat.number[v] for eqn in self.flat.eqns[start:stop] for v in eqn.outvars}

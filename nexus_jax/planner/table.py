@@ -15,6 +15,7 @@ from nexus_jax.planner.plan import Row
 from nexus_jax.planner.spans import Span
 
 _VALUES = 8  # of a boundary, the largest
+_STAYS = "keeping it on the device would take"
 
 
 def rows_of(model: Model, path: Path) -> tuple[Row, ...]:
@@ -25,7 +26,8 @@ def rows_of(model: Model, path: Path) -> tuple[Row, ...]:
         inside = option.what.inside
         if inside is not None:
             group = option.what.group
-            rows = [_of_scan(model, span, group, row) for row in rows_of(model.bodies[span.start, group], inside)]
+            inner = model.bodies[span.start, group]
+            rows = [_of_scan(model, span, group, row) for row in (*_carried(inner, option), *rows_of(inner, inside))]
         else:
             rows = _rows(model, span, option)
         for row in rows:
@@ -40,6 +42,19 @@ def _of_scan(model: Model, span: Span, group: int, row: Row) -> Row:
     eqn = model.flat.eqns[span.start]
     where = "/".join(part for part in (_path(eqn), row.where) if part and part != "outside modules")
     return dataclasses.replace(row, where=where or "outside modules", count=row.count * eqn.params["length"] // group)
+
+
+def _carried(inner: Model, option: Option) -> list[Row]:
+    """What a scan carries from step to step, and waits on the host."""
+    found = []
+    for n in option.what.carry:
+        v = inner.flat.jaxpr.invars[inner.body.carry.start + n]
+        kind, nbytes = report.short_type(str(v.aval.dtype), v.aval.shape), inner.spans_of.sizes[inner.flat.number[v]]
+        reason = f"{_STAYS} {_signed(report.size, nbytes)}"
+        found.append(
+            Row(where="", count=1, op="carry", kind=kind, nbytes=nbytes, cost=0, decision="offload", reason=reason)
+        )
+    return found
 
 
 def _fields(row: Row) -> dict[str, Any]:
@@ -63,7 +78,7 @@ def _handed_on(model: Model, span: Span, number: int) -> Row:
     """What flows on to later stretches, and waits on the host all the same."""
     at, kind = _made(model, span, number)
     nbytes = model.spans_of.sizes[number]
-    reason = f"keeping it on the device would take {_signed(report.size, nbytes)}"
+    reason = f"{_STAYS} {_signed(report.size, nbytes)}"
     return _row(model, at, at + 1, model.flat.eqns[at].primitive.name, kind, nbytes, 0, "offload", reason)
 
 
