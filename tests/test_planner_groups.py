@@ -16,6 +16,7 @@ import nexus_jax as nj
 from nexus_jax import flops
 from nexus_jax.offloading.loops import loop_of
 from nexus_jax.planner import groups
+from nexus_jax.planner.allocate import price_of
 from nexus_jax.planner.loss import Loss
 from nexus_jax.planner.make import Planner, draft
 from nexus_jax.planner.model import model_of
@@ -244,6 +245,24 @@ def test_where_one_choice_for_all_is_coarse_several_steps_recompute_less():
     again = planner.measured(path).flops - planner.before.flops
     assert again == pytest.approx(path.ticks * planner.model.spans_of.unit, rel=0.01)
     assert planner.predicted(path) + planner.offset == pytest.approx(planner.measured(path).device_bytes, rel=0.1)
+
+
+def test_bounds_of_a_scan_know_what_a_step_takes_while_it_runs():
+    fn, args = layers(d=64)
+    loss = Loss(fn, args)
+    found = model_of(loss.flat, loss.differentiated((0, 1)), FLOPS, solves=4)
+    taken = lambda path: price_of([option for _, option in path.steps])[0]
+    for body in found.bodies.values():
+        least = min(taken(body.frontier.path(at)) for at in range(len(body.frontier.peaks)))
+        assert 0 < body.least <= least
+    [bounds] = [
+        e.bounds for e in found.frontier.edges if found.span(e.start, e.stop).start in {at for at, _ in found.bodies}
+    ]
+    opened = [b for b in bounds if b.working and b.ticks]
+    smallest = min(body.least for body in found.bodies.values())
+    assert opened and all(b.working >= smallest for b in opened)
+    for peak, ticks in zip(found.frontier.peaks, found.frontier.ticks, strict=True):
+        assert found.frontier.bound(peak) <= ticks
 
 
 def test_gradients_in_turn_take_less_memory(monkeypatch):

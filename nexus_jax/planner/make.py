@@ -16,11 +16,13 @@ from nexus_jax.planner import loop, table
 from nexus_jax.planner.allocate import Frontier, Path
 from nexus_jax.planner.baselines import baselines
 from nexus_jax.planner.budget import budget_of, host_budget_of
+from nexus_jax.planner.graph import Graph
 from nexus_jax.planner.loss import Loss
 from nexus_jax.planner.model import Model, model_of, results
 from nexus_jax.planner.plan import Infeasible, Plan, Subject
 from nexus_jax.planner.prices import OBJECTIVES, Objective, Prices
 from nexus_jax.planner.rewrite import Segment
+from nexus_jax.planner.solve import Stairs
 from nexus_jax.program import step_of
 from nexus_jax.targets.compiler import Target, find_target
 
@@ -115,6 +117,7 @@ class Planner:
         self.host = host_budget_of(host_budget, self.target)
         self.results: tuple[int, ...] = (0,)  # of the flat program, which are differentiated: the loss
         self.deadline = math.inf
+        self._stairs: dict[Graph, Stairs] = {}  # of stretches, solved
         self._predictions: dict[tuple[Segment, ...], int] = {}
         self._measurements: dict[tuple[Segment, ...], Measurement] = {}
         self._paths: dict[tuple[Segment, ...], Path] = {}
@@ -174,7 +177,13 @@ class Planner:
     def _model(self, host: int, groups: bool) -> Model:
         price = Prices(self.target, self.objective, host)
         return model_of(
-            self.flat, self.differentiated, price, results=self.results, deadline=self.deadline, groups=groups
+            self.flat,
+            self.differentiated,
+            price,
+            results=self.results,
+            deadline=self.deadline,
+            groups=groups,
+            stairs=self._stairs,
         )
 
     @functools.cached_property

@@ -40,6 +40,7 @@ class Model:
         bodies: of the scans that were opened, by the position of their equation and how many steps are taken at once.
         spans_of: makes them.
         body: the step that the program is, of a scan. The frontier's peaks are then what steps keep, and nothing else.
+        least: bytes that are alive at once while such a step is differentiated, whatever the plan.
     """
 
     flat: Flat
@@ -50,6 +51,7 @@ class Model:
     cuts: tuple[int, ...]
     bodies: dict[tuple[int, int], Model]
     body: Body | None = None
+    least: int = 0
 
     @functools.cached_property
     def plain(self) -> int:
@@ -122,6 +124,7 @@ def model_of(
     deadline: float = math.inf,
     solves: int | None = None,
     groups: bool = True,
+    stairs: dict[Graph, Stairs] | None = None,
 ) -> Model:
     """Differentiate a program, cut it, solve every kind of stretch, and find its frontier.
 
@@ -131,21 +134,24 @@ def model_of(
         deadline: of ``time.monotonic()``; what is not solved by then has fewer options, and the bound knows.
         solves: integer programs with a limit for a stretch's frontier; None is by its size and by how many kinds there are.
         groups: whether scans may take several steps at once.
+        stairs: what was solved for another model, under the same terms; what is solved is added.
     """
+    stairs = {} if stairs is None else stairs
     spans = Spans(flat, needs_of(flat, differentiated, results), price)
     scans = bodies(flat, differentiated, groups)
-    inside = {i: _of_bodies(several, price, deadline, solves) for i, several in scans.items()}
-    return _model(spans, deadline, solves, inside)
+    inside = {i: _of_bodies(several, price, deadline, solves, stairs) for i, several in scans.items()}
+    return _model(spans, deadline, solves, stairs, inside)
 
 
-def _of_bodies(several: Sequence[Body], price: Prices, deadline: float, solves: int | None) -> list[Model]:
-    """Models of what a scan does at each step and at several at once. Equal stretches of all of them are solved once."""
-    stairs: dict[Graph, Stairs] = {}
+def _of_bodies(
+    several: Sequence[Body], price: Prices, deadline: float, solves: int | None, stairs: dict[Graph, Stairs]
+) -> list[Model]:
+    """Models of what a scan does at each step and at several at once."""
     found: list[Model] = []
     for body in several:
         unit = found[0].spans_of.unit if found else None
         spans = Spans(body.flat, needs_of(body.flat, body.differentiated, body.results), price, unit, looped=True)
-        found.append(_model(spans, deadline, solves, stairs=stairs, body=body))
+        found.append(_model(spans, deadline, solves, stairs, body=body))
     return found
 
 
@@ -153,11 +159,11 @@ def _model(
     spans: Spans,
     deadline: float,
     solves: int | None,
+    stairs: dict[Graph, Stairs],
     scans: Mapping[int, Sequence[Model]] = MappingProxyType({}),
-    stairs: dict[Graph, Stairs] | None = None,
     body: Body | None = None,
 ) -> Model:
-    """The model of a program, or of a scan's body; ``stairs`` is what bodies share."""
+    """The model of a program, or of a scan's body. Equal stretches of all that share ``stairs`` are solved once."""
     loop = body is not None
     around = {p for i in scans for p in (i, i + 1)}
     places = sorted({*cuts(spans.flat, spans.sizes, spans.costs), *around})
@@ -176,7 +182,17 @@ def _model(
     frontier = Frontier(len(places), edges, limit=limit, host=host // body.steps if body else host, repeated=loop)
     kept = {(e.start, e.stop): found[e.start, e.stop] for e in edges}
     inside = {(i, m.body.group): m for i, several in scans.items() for m in several if m.body}
-    return Model(spans.flat, frontier, kept, spans, options, tuple(places), inside, body)
+    least = _least(len(places), {at: w.bounds or w.options for at, w in ways.items() if w.options}) if loop else 0
+    return Model(spans.flat, frontier, kept, spans, options, tuple(places), inside, body, least)
+
+
+def _least(cuts: int, bounds: Mapping[tuple[int, int], Sequence[Option]]) -> int:
+    """Bytes that some stretch takes on its own, kept and while it is differentiated, on every way from cut to cut."""
+    found = [0] * cuts
+    for i in reversed(range(cuts - 1)):
+        alone = {j: min(o.kept + o.working for o in options) for (k, j), options in bounds.items() if k == i}
+        found[i] = min((max(nbytes, found[j]) for j, nbytes in alone.items()), default=0)
+    return found[0]
 
 
 def _edge(start: int, stop: int, ways: Ways, loop: bool) -> Edge:

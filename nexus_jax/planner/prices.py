@@ -115,9 +115,14 @@ class Prices:
 
     def sum_of(self, aval: Any) -> int:
         """What adding two values of a type costs."""
-        like = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-        [eqn] = jax.make_jaxpr(jax.lax.add)(like, like).eqns
-        return self.cost_of(eqn)
+        return self.cost_of(_addition(aval.shape, aval.dtype))
+
+
+@functools.cache
+def _addition(shape: tuple[int, ...], dtype: Any) -> Any:
+    like = jax.ShapeDtypeStruct(shape, dtype)
+    [eqn] = jax.make_jaxpr(jax.lax.add)(like, like).eqns
+    return eqn
 
 
 def is_view(eqn: Any) -> bool:

@@ -140,11 +140,14 @@ def _options(shape: Shape, model: Any, unit: int, carry: tuple[int, ...]) -> lis
 def _bounds(shape: Shape, model: Any, unit: int, carry: tuple[int, ...]) -> list[Option]:
     steps, frontier, away = model.body.steps, model.frontier, _bytes_of(model, carry)
     outside, late = _outside(shape, model) - steps * away, _late(model, away)
+    # all that a step keeps is there before its backward pass begins
+    working = lambda kept: shape.transient + max(model.least, kept) + away
     found = []
     for below, above in itertools.pairwise(frontier.peaks[at] for at in _some(len(frontier.peaks), _BOUNDS)):
         least = frontier.bound(above - 1) + late
-        found.append(_bound(outside + steps * below, steps * least * model.spans_of.unit // unit))
-    return [*found, _bound(outside + steps * frontier.peaks[-1], steps * late * model.spans_of.unit // unit)]
+        found.append(_bound(outside + steps * below, working(below), steps * least * model.spans_of.unit // unit))
+    most = frontier.peaks[-1]
+    return [*found, _bound(outside + steps * most, working(most), steps * late * model.spans_of.unit // unit)]
 
 
 def _outside(shape: Shape, model: Any) -> int:
@@ -188,8 +191,8 @@ def _some(count: int, most: int) -> list[int]:
     return sorted({round(k * (count - 1) / min(most, count)) for k in range(min(most, count) + 1)})
 
 
-def _bound(kept: int, ticks: int) -> Option:
-    return Option(kept=kept, working=0, ticks=ticks, what=Way(None))
+def _bound(kept: int, working: int, ticks: int) -> Option:
+    return Option(kept=kept, working=working, ticks=ticks, what=Way(None))
 
 
 def flattened(options: Sequence[Option]) -> tuple[Option, ...]:
