@@ -65,14 +65,17 @@ class Loop:
             outs = body(*given[:first], *taken)
             return [*outs[: self.carried], *(give(y) for give, y in zip(gives, outs[self.carried :], strict=True))]
 
-        return self.run(step, values)
+        return self.run(step, values, unroll=1)  # some compilers do not take several steps at once that move something
 
-    def run(self, body: Callable[..., Sequence[Any]], values: Sequence[Any], group: int = 1) -> list[Any]:
+    def run(
+        self, body: Callable[..., Sequence[Any]], values: Sequence[Any], group: int = 1, unroll: int | None = None
+    ) -> list[Any]:
         """The scan's results, if each step does as ``body``.
 
         Args:
             values: of its operands.
             group: how many steps ``body`` is: it takes and makes stacks of so many.
+            unroll: how many of them are written out; None is as the scan says.
         """
         first = self.constants + self.carried
         params = {name: self.eqn.params[name] for name in _KEPT if name in self.eqn.params}
@@ -86,7 +89,7 @@ class Loop:
             list(values[self.constants : first]),
             [x if group == 1 else x.reshape(self.steps // group, group, *x.shape[1:]) for x in values[first:]],
             length=self.steps // group,
-            unroll=max(1, self.eqn.params["unroll"] // group),
+            unroll=unroll or max(1, self.eqn.params["unroll"] // group),
             **params,
         )
         return [*carry, *(y if group == 1 else y.reshape(self.steps, *y.shape[2:]) for y in made)]
@@ -113,9 +116,13 @@ def _of_one_rank(inner: Sequence[Any], outer: Sequence[Any]) -> int:
     return sum(a.aval.ndim == b.aval.ndim for a, b in zip(inner, outer, strict=True))
 
 
-def loops_that_keep(jaxpr: Any, moved: Container[Any]) -> dict[int, Loop]:
-    """The scans, by the position of their equation, of whose stacked results some are moved and used by nothing else."""
-    used = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, jex.Literal)}
+def loops_that_keep(jaxpr: Any, moved: Container[Any], outs: Sequence[Any]) -> dict[int, Loop]:
+    """The scans, by the position of their equation, of whose stacked results some are moved and used by nothing else.
+
+    Args:
+        outs: what the program returns to its user, on the device.
+    """
+    used = {v for atoms in (*(eqn.invars for eqn in jaxpr.eqns), outs) for v in atoms if not isinstance(v, jex.Literal)}
     found = {}
     for i, eqn in enumerate(jaxpr.eqns):
         loop = loop_of(eqn)

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend import core as jex
 
 from nexus_jax.flat import flatten
@@ -52,7 +53,7 @@ def read(jaxpr: Any, atoms: Sequence[Any]) -> Marked:
     for eqn in jaxpr.eqns:
         name = eqn.params.get("name") if eqn.primitive.name == "name" else None
         source = now(eqn.invars[0]) if eqn.invars else None
-        again = eqn.primitive.name == "reduce_precision" and not isinstance(source, jex.Literal) and source in leaving
+        again = _changes_nothing(eqn) and not isinstance(source, jex.Literal) and source in leaving
         if name not in (OFFLOAD, END) and not again:
             leaving.update(_stacks(eqn))
             eqns.append(eqn.replace(invars=[now(v) for v in eqn.invars]))
@@ -77,10 +78,20 @@ def _stacks(eqn: Any) -> list[Any]:
     maker = {v: e for e in body.eqns for v in e.outvars}
 
     def leaves(v: Any) -> bool:
-        while not isinstance(v, jex.Literal) and v in maker and maker[v].primitive.name in ("name", "reduce_precision"):
-            if maker[v].params.get("name") == OFFLOAD:
+        while not isinstance(v, jex.Literal) and (eqn := maker.get(v)) is not None:
+            if eqn.params.get("name") == OFFLOAD:
                 return True
-            [v] = maker[v].invars
+            if eqn.primitive.name != "name" and not _changes_nothing(eqn):
+                return False
+            [v] = eqn.invars
         return False
 
     return [v for v, made in zip(loop.stacked(), body.outvars[loop.carried :], strict=True) if leaves(made)]
+
+
+def _changes_nothing(eqn: Any) -> bool:
+    """Whether an equation rounds to the precision that its operand has."""
+    if eqn.primitive.name != "reduce_precision":
+        return False
+    kind = jnp.finfo(eqn.invars[0].aval.dtype)
+    return (eqn.params["exponent_bits"], eqn.params["mantissa_bits"]) == (kind.nexp, kind.nmant)

@@ -119,7 +119,7 @@ class Forward:
             jaxpr, cuts, needed = told.jaxpr, told.cuts, None
             outs, leaves = told.atoms[: known["n"]], told.atoms[known["n"] :]
         else:
-            scanned = any(loop.steps >= FEW for loop in loops_that_keep(jaxpr, set(variables(leaves))).values())
+            scanned = any(loop.steps >= FEW for loop in loops_that_keep(jaxpr, {*variables(leaves)}, outs).values())
             jaxpr, outs, leaves, needed = scans.opened(jaxpr, outs, leaves, own)
             cuts = [] if scanned else layer_cuts(jaxpr, pick(weights))  # the steps of a scan are the layers
             if len(cuts) < FEW:  # nothing is gained between so few, and waists may be none of layers
@@ -138,7 +138,7 @@ class Forward:
         else:
             leaving = self.groups[: _leaving(len(self.stages), ahead)]
             self.moved = {v for group in leaving for v in group if wanted(v.aval)}
-        self.loops = loops_that_keep(self.jaxpr, self.moved)
+        self.loops = loops_that_keep(self.jaxpr, self.moved, outs)
         stacks = {v for loop in self.loops.values() for v in loop.stacked()}
         self.tied = not self.loops or (told is not None and not self.moved <= stacks)
         if self.loops or not self.moved:
@@ -155,7 +155,7 @@ class Forward:
     def _hidden(self, windows: Windows, ahead: int) -> set[Any]:
         """Of what would move, what the link moves behind the computing."""
         if self.loops:
-            alone = [stage for stage in self.stages if any(stage.program.eqns == [x.eqn] for x in self.loops.values())]
+            alone = [stage for stage in self.stages if loop_alone(stage.program, self.loops)]
             return set().union(
                 *(largest(self.moved & set(stage.outs), windows.out(windows.seconds(stage.program))) for stage in alone)
             )
@@ -232,18 +232,16 @@ class Forward:
         if self.loops:
             check_loops()
         loops = [loop_alone(stage.program, self.loops) for stage in self.stages]
-        used = {v for eqn in self.jaxpr.eqns for v in variables(eqn.invars)}
+        used = {v for eqn in self.jaxpr.eqns for v in variables(eqn.invars)} | set(variables(self.outs))
         leaving = [v for v in self.kept.variables if v in self.moved and v in env] if self.tied else []
         host: dict[Any, Any] = {}
         for i, (stage, loop) in enumerate(zip(self.stages, loops, strict=True)):
             if loop is not None:
-                host.update((v, to_host(env[v])) for v in leaving)
                 away = {v for v in loop.stacked() if v in self.moved and v not in used}
                 values = [_read(env, v) for v in loop.eqn.invars]
                 made = dict(zip(loop.eqn.outvars, loop(values, leaving=away, to_host=to_host), strict=True))
                 env.update(made)
                 host.update((v, made[v]) for v in away)
-                leaving = []
                 continue
             last = i == len(self.stages) - 1
             if last or not self.tied:
@@ -322,7 +320,8 @@ class Backward:
     def _run(self, env: dict[Any, Any], to_device: Callable[[Any], Any]) -> None:
         """Stages, each beside the copies that come back for the ones after it, and scans whose steps fetch what they need."""
         loops = [loop_alone(stage.program, self.loops) for stage in self.stages]
-        uses = Counter(v for stage in self.stages for v in stage.ins)
+        atoms = (*(eqn.invars for eqn in self.jaxpr.eqns), self.jaxpr.outvars)
+        uses = Counter(v for several in atoms for v in variables(several))
         done: list[Any] = []  # to be made before the next stage begins
         fetched = 0  # up to which stage everything is there
         for i, (stage, loop) in enumerate(zip(self.stages, loops, strict=True)):

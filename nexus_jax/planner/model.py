@@ -134,7 +134,7 @@ def model_of(
         deadline: of ``time.monotonic()``; what is not solved by then has fewer options, and the bound knows.
         solves: integer programs with a limit for a stretch's frontier; None is by its size and by how many kinds there are.
         groups: whether scans may take several steps at once.
-        stairs: what was solved for another model, under the same terms; what is solved is added.
+        stairs: what was solved for another model for the same target and host; what is solved is added.
     """
     stairs = {} if stairs is None else stairs
     spans = Spans(flat, needs_of(flat, differentiated, results), price)

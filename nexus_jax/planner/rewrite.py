@@ -89,7 +89,8 @@ def check(flat: Flat, segments: Sequence[Segment]) -> None:
             for n in s.carry:
                 if not 0 <= n < loop.carried or not nameable(body.jaxpr.invars[loop.constants + n].aval):
                     raise ValueError(
-                        f"segment {s.start}: carry {n} cannot wait on the host: it carries {loop.carried}."
+                        f"segment {s.start}: carry {n} cannot wait on the host: the scan carries {loop.carried} values; "
+                        "write numbers of those that are floating-point, from 0."
                     )
     if at != len(flat.eqns):
         raise ValueError(f"the segments end at equation {at}, and the program has {len(flat.eqns)}.")

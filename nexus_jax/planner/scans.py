@@ -22,6 +22,7 @@ from nexus_jax.planner.options import Way, Ways, undominated
 from nexus_jax.planner.spans import Shape
 
 _MOST = 256  # options of a scan, for each number of steps at once
+_FEW = 3  # values of a carry
 _BOUNDS = 64  # the same of bounds, each a linear program
 
 
@@ -109,7 +110,7 @@ def ways(shape: Shape, plain: Option, several: Sequence[Any], unit: int) -> Ways
     """
     found, bounds = [plain], [plain]
     for model in several:
-        for carry in dict.fromkeys(((), _movable(model))):
+        for carry in _subsets(_movable(model)):
             found += _options(shape, model, unit, carry)
             bounds += _bounds(shape, model, unit, carry)
     return Ways(undominated(found), undominated(bounds))
@@ -152,17 +153,30 @@ def _bounds(shape: Shape, model: Any, unit: int, carry: tuple[int, ...]) -> list
 
 def _outside(shape: Shape, model: Any) -> int:
     """Bytes that a scan keeps whatever its steps do: its results, and the carry of each step."""
-    sizes, body = model.spans_of.sizes, model.body
-    return shape.crossing + body.steps * sum(sizes[i] for i in body.carry if i in body.differentiated)
+    return shape.crossing + model.body.steps * sum(model.spans_of.sizes[i] for i in _needed(model))
+
+
+def _needed(model: Any) -> list[int]:
+    """Which inputs of the body are carried and kept: the backward pass may need them, or something made of them."""
+    body, needs = model.body, model.spans_of.needs
+    wanted = set(needs.residuals)
+    for step in reversed(model.spans_of.steps):
+        if wanted & set(step.outs):
+            wanted.update(step.ins)
+    return [i for i in body.carry if i in body.differentiated and i in wanted]
+
+
+def _subsets(carry: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """What of the carry may leave together: any of a few, and all or nothing of many."""
+    counts = range(len(carry) + 1) if len(carry) <= _FEW else (0, len(carry))
+    return [some for n in counts for some in itertools.combinations(carry, n)]
 
 
 def _movable(model: Any) -> tuple[int, ...]:
     """Which of what the steps carry can wait on the host."""
     body, price = model.body, model.spans_of.price
     inputs = body.flat.jaxpr.invars
-    return tuple(
-        i - body.carry.start for i in body.carry if i in body.differentiated and price.is_movable(inputs[i].aval)
-    )
+    return tuple(i - body.carry.start for i in _needed(model) if price.is_movable(inputs[i].aval))
 
 
 def _bytes_of(model: Any, carry: tuple[int, ...]) -> int:
@@ -179,7 +193,7 @@ def _late(model: Any, away: int, path: Path | None = None) -> int:
     if whole is None:
         return 0
     if path is None:
-        return whole.ticks(away)
+        return max(0, whole.ticks(away) - 1)  # of what else moves, a part of a tick may have been paid for
     edge = path.steps[0][0]
     after = spans.price.link(sum(spans.picoseconds[model.span(edge.start, edge.stop).stop :]), spans.unit)
     link = dataclasses.replace(whole, hidden_back=after.hidden_back, already=path.host)

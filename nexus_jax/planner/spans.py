@@ -74,17 +74,11 @@ class Spans:
         self.steps = [needs.steps[i] for i in order]
         self.homes = [step.home for step in self.steps]
         self.used: dict[int, int] = {}  # the last equation that takes a value
-        self.kept: dict[
-            int, int
-        ] = {}  # the last one that takes it and may keep it: what a scan starts from is in a stack
+        self.scanned: set[int] = set()  # what scans take: no compiler brings it back for steps that move something
         for i, eqn in enumerate(flat.eqns):
-            loop = loop_of(eqn)
-            begins = range(0) if loop is None else range(loop.constants, loop.constants + loop.carried)
-            for n, v in enumerate(eqn.invars):
-                if not isinstance(v, jex.Literal):
-                    self.used[flat.number[v]] = i
-                    if n not in begins:
-                        self.kept[flat.number[v]] = i
+            taken = [flat.number[v] for v in variables(eqn.invars)]
+            self.used.update(dict.fromkeys(taken, i))
+            self.scanned.update(taken if loop_of(eqn) else ())
         self.outputs = {flat.number[v] for v in flat.jaxpr.outvars if not isinstance(v, jex.Literal)}
         self.picoseconds = [price.picoseconds_of(eqn) if price.host else 0 for eqn in flat.eqns]
         self.step_costs = [price.cost_of(s.eqn) // self.unit if s.forward else 0 for s in self.steps]
@@ -139,16 +133,19 @@ class Spans:
 
     def leaving(self, start: int, stop: int) -> set[int]:
         """What later stretches take from this one, and can wait on the host meanwhile."""
-        return {v for v in self._made(start, stop) if self.kept.get(v, -1) >= stop and self._is_movable(v)}
+        return {v for v in self._made(start, stop) if self._can_leave(v, stop)}
 
     def _entering(self, start: int, stop: int) -> set[int]:
         """What this stretch takes from earlier ones, and they may have sent to the host."""
         taken = {self.flat.number[v] for eqn in self.flat.eqns[start:stop] for v in variables(eqn.invars)}
         made = self._made(start, stop)
-        return {v for v in taken - made if v >= self.inputs and self.kept.get(v, -1) >= start and self._is_movable(v)}
+        return {v for v in taken - made if v >= self.inputs and self._can_leave(v, start)}
 
     def _made(self, start: int, stop: int) -> set[int]:
         return {self.flat.number[v] for eqn in self.flat.eqns[start:stop] for v in eqn.outvars}
+
+    def _can_leave(self, value: int, stop: int) -> bool:
+        return self.used.get(value, -1) >= stop and value not in self.scanned and self._is_movable(value)
 
     def _is_movable(self, value: int) -> bool:
         return self.price.is_movable(self.needs.avals[value])
