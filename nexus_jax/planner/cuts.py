@@ -6,6 +6,7 @@ layer, where only the residual stream crosses; between the layers of a perceptro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from jax.extend import core as jex
@@ -54,7 +55,8 @@ def cuts(flat: Flat, sizes: Sequence[int], costs: Sequence[int]) -> list[int]:
         costs: of each equation.
     """
     end = len(flat.eqns)
-    heavy = [cost > 0 and cost >= max(costs) * _HEAVY for cost in costs]
+    enough = max(costs, default=0) * _HEAVY
+    heavy = [cost > 0 and cost >= enough for cost in costs]
     width = crossing(flat, sizes)
     narrow = _prominent([p for p in _narrow(width, heavy) if 0 < p < end], width)
     found, last = [0], 0
@@ -72,8 +74,10 @@ def _prominent(narrow: Sequence[int], width: Sequence[int]) -> list[int]:
     found = []
     for i, p in enumerate(narrow):
         enough = width[p] * _NARROWER
-        left = next((q for q in reversed(narrow[:i]) if width[q] <= enough), None)
-        right = next((q for q in narrow[i + 1 :] if width[q] <= enough), None)
+        before, after = (narrow[j] for j in range(i - 1, -1, -1)), (narrow[j] for j in range(i + 1, len(narrow)))
+        near = lambda places, p=p: itertools.takewhile(lambda q: abs(q - p) <= _NEAR, places)
+        left = next((q for q in near(before) if width[q] <= enough), None)
+        right = next((q for q in near(after) if width[q] <= enough), None)
         if left is None or right is None or right - left > _NEAR:
             found.append(p)
     return found
