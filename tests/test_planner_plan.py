@@ -348,6 +348,19 @@ def test_no_more_is_compiled_than_promised(monkeypatch, names, helps):
     assert any(name == "fixed" for name, _ in seen) is helps
 
 
+def test_a_planner_spends_no_compile_on_what_saves_a_thousandth_of_the_cost(monkeypatch):
+    planner, asked = make.Planner(loss, SHAPES), []
+    paths = [types.SimpleNamespace(at=at) for at in range(4)]
+    frontier = types.SimpleNamespace(peaks=range(4), ticks=[10**6, 10**6 - 1, 10**6 - 2, 50], path=paths.__getitem__)
+    monkeypatch.setattr(make.Planner, "model", types.SimpleNamespace(segments=lambda path: path.at))
+    monkeypatch.setattr(make.Planner, "offset", 75)  # which the first compile shows to be wrong
+    monkeypatch.setattr(planner, "predicted", lambda path: (10, 20, 30, 500)[path.at])
+    result = lambda path: types.SimpleNamespace(device_bytes=planner.predicted(path))
+    monkeypatch.setattr(planner, "measured", lambda path: asked.append(path.at) or result(path))
+    planner._along(frontier, 100, 4)
+    assert asked == [1]
+
+
 class Fixed(tuple):
     """A path of a fixed policy: (name, ticks)."""
 
