@@ -63,6 +63,17 @@ class Model:
             peak = max(peak, kept + option.working)
         return peak
 
+    @functools.cached_property
+    def carried(self) -> list[int]:
+        """Inputs of a scan's body that are carried and kept: the backward pass may need them, or something made of them."""
+        if self.body is None:
+            return []
+        wanted = set(self.spans_of.needs.residuals)
+        for step in reversed(self.spans_of.steps):
+            if wanted & set(step.outs):
+                wanted.update(step.ins)
+        return [i for i in self.body.carry if i in self.body.differentiated and i in wanted]
+
     def span(self, start: int, stop: int) -> Span:
         """The stretch between two cuts."""
         return self.spans[start, stop]

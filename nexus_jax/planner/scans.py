@@ -153,17 +153,7 @@ def _bounds(shape: Shape, model: Any, unit: int, carry: tuple[int, ...]) -> list
 
 def _outside(shape: Shape, model: Any) -> int:
     """Bytes that a scan keeps whatever its steps do: its results, and the carry of each step."""
-    return shape.crossing + model.body.steps * sum(model.spans_of.sizes[i] for i in _needed(model))
-
-
-def _needed(model: Any) -> list[int]:
-    """Which inputs of the body are carried and kept: the backward pass may need them, or something made of them."""
-    body, needs = model.body, model.spans_of.needs
-    wanted = set(needs.residuals)
-    for step in reversed(model.spans_of.steps):
-        if wanted & set(step.outs):
-            wanted.update(step.ins)
-    return [i for i in body.carry if i in body.differentiated and i in wanted]
+    return shape.crossing + model.body.steps * sum(model.spans_of.sizes[i] for i in model.carried)
 
 
 def _subsets(carry: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -176,7 +166,7 @@ def _movable(model: Any) -> tuple[int, ...]:
     """Which of what the steps carry can wait on the host."""
     body, price = model.body, model.spans_of.price
     inputs = body.flat.jaxpr.invars
-    return tuple(i - body.carry.start for i in _needed(model) if price.is_movable(inputs[i].aval))
+    return tuple(i - body.carry.start for i in model.carried if price.is_movable(inputs[i].aval))
 
 
 def _bytes_of(model: Any, carry: tuple[int, ...]) -> int:
